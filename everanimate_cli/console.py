@@ -1,0 +1,159 @@
+"""The console on stderr: two bars on a terminal, else plain lines."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from everanimate_cli.events import ChunkDone, ChunkStarted, Event, Note, OnEvent, StepDone
+
+
+@dataclass
+class Tally:
+    """What this run has made so far, as text; chunks of an earlier run do not count."""
+
+    num_chunks: int = 0
+    chunks_made: int = 0
+    frames_made: int = 0
+    seconds: float = 0.0
+    peak_memory_mib: float | None = None
+
+    def add(self, chunk: ChunkDone) -> None:
+        """Count a finished chunk."""
+        self.chunks_made += 1
+        self.frames_made += chunk.num_frames
+        self.seconds += chunk.seconds
+        self.peak_memory_mib = chunk.peak_memory_mib
+
+    def speed(self) -> str:
+        """Frames of video per second of work, and peak memory where it is known."""
+        parts = [f"{self.frames_made / self.seconds:.1f} frames/s"] if self.seconds > 0 else []
+        if self.peak_memory_mib is not None:
+            parts.append(f"peak {self.peak_memory_mib:.0f} MiB")
+        return ", ".join(parts)
+
+    def chunk_line(self, chunk: ChunkDone) -> str:
+        """One line about the chunk just finished and the time that the rest will take."""
+        parts = [
+            f"chunk {chunk.chunk_index + 1}/{self.num_chunks}: "
+            f"{chunk.num_frames} frames in {chunk.seconds:.1f} s",
+            self.speed(),
+        ]
+        chunks_left = self.num_chunks - chunk.chunk_index - 1
+        if chunks_left > 0:
+            parts.append(f"{_clock(chunks_left * self.seconds / self.chunks_made)} left")
+        return ", ".join(part for part in parts if part)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+@contextmanager
+def show_progress(*, quiet: bool = False, console: Console | None = None) -> Iterator[OnEvent]:
+    """Give a worker something to report to, for as long as it works.
+
+    Args:
+        quiet: Show nothing.
+        console: Where to write; None for stderr.
+    """
+    console = console or Console(stderr=True)
+    if quiet:
+        yield _ignore
+    elif not console.is_terminal:
+        yield _plain_reporter(console)
+    else:
+        bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            TextColumn("{task.fields[speed]}"),
+            console=console,
+            # Chunks can take minutes: the default of 30 s would forget all speed between them.
+            speed_estimate_period=3600.0,
+        )
+        with bars:
+            yield BarReporter(bars)
+
+
+def _ignore(_event: Event) -> None:
+    """Take an event and show nothing."""
+
+
+def _plain_reporter(console: Console) -> Callable[[Event], None]:
+    tally = Tally()
+
+    def report(event: Event) -> None:
+        if isinstance(event, Note):
+            _print_line(console, event.text)
+        elif isinstance(event, ChunkStarted):
+            tally.num_chunks = event.num_chunks
+        elif isinstance(event, ChunkDone):
+            tally.add(event)
+            _print_line(console, tally.chunk_line(event))
+
+    return report
+
+
+def _print_line(console: Console, text: str) -> None:
+    # Text keeps brackets in paths from being read as markup; soft_wrap keeps a line whole in a log.
+    console.print(Text(text), soft_wrap=True, highlight=False)
+
+
+class BarReporter:
+    """Draws events as a bar over chunks and a bar over the steps of the current chunk."""
+
+    def __init__(self, bars: Progress) -> None:
+        """Take running bars; the two tasks appear with the first chunk."""
+        self._bars = bars
+        self._tally = Tally()
+        self._started: ChunkStarted | None = None
+        self._chunks: TaskID | None = None
+        self._steps: TaskID | None = None
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
+        if isinstance(event, Note):
+            _print_line(self._bars.console, event.text)
+        elif isinstance(event, ChunkStarted):
+            self._start(event)
+        elif isinstance(event, StepDone):
+            self._step(event.step_index + 1)
+        elif self._chunks is not None:
+            self._tally.add(event)
+            self._bars.update(
+                self._chunks, completed=event.chunk_index + 1, speed=self._tally.speed()
+            )
+
+    def _step(self, steps_done: int) -> None:
+        if self._started is None or self._chunks is None or self._steps is None:
+            return
+        self._bars.update(self._steps, completed=steps_done)
+        # The chunk bar creeps along, so that a time left is known before the first chunk is done;
+        # encoding and decoding count as one more step until a whole chunk has been measured.
+        share = steps_done / (self._started.num_steps + 1)
+        self._bars.update(self._chunks, completed=self._started.chunk_index + share)
+
+    def _start(self, event: ChunkStarted) -> None:
+        self._started = event
+        if self._chunks is None or self._steps is None:
+            # A resumed run starts its bar where the earlier one stopped, which is no speed.
+            self._chunks = self._bars.add_task(
+                "chunks", total=event.num_chunks, completed=event.chunk_index, speed=""
+            )
+            self._steps = self._bars.add_task("steps", total=event.num_steps, speed="")
+        else:
+            self._bars.reset(self._steps, total=event.num_steps)

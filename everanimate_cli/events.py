@@ -1,0 +1,49 @@
+"""What a worker reports while it works; the console draws it, a test records it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkStarted:
+    """A chunk is about to be sampled; a resumed run starts with a `chunk_index` above 0."""
+
+    chunk_index: int
+    num_chunks: int
+    num_steps: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """One Euler step of the current chunk is done; `step_index` counts from 0."""
+
+    step_index: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChunkDone:
+    """A chunk is decoded, encoded and safe on disk.
+
+    Attributes:
+        chunk_index: Position of the chunk, from 0.
+        num_frames: Frames that the chunk adds to the video.
+        seconds: Wall time spent on the chunk.
+        peak_memory_mib: Most memory used so far, of the device or else of the process; None where
+            the platform does not tell.
+    """
+
+    chunk_index: int
+    num_frames: int
+    seconds: float
+    peak_memory_mib: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Note:
+    """A line for the reader: a phase that takes time, a warning, a choice made on the way."""
+
+    text: str
+
+
+Event = ChunkStarted | StepDone | ChunkDone | Note
+OnEvent = Callable[[Event], None]

@@ -1,0 +1,289 @@
+"""The networks of one checkpoint and what they compute: encode, denoise, decode.
+
+Nothing here knows of chunks, files or the length of a video; `rollout` strings these calls together. Latents cross the
+borders of this module normalised and in float32, pictures as uint8 or as float pixels in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from diffusers.pipelines.wan.pipeline_wan_animate import prompt_clean
+from torch import Tensor
+
+from everanimate_cli.clip_image import clip_pixel_values
+from everanimate_cli.memory import from_uint8
+from everanimate_cli.schedule import euler_step, model_timestep
+from everanimate_cli.transformer import NUM_TEXT_TOKENS, EverAnimateTransformer3DModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    import numpy as np
+    from diffusers import AutoencoderKLWan
+    from numpy.typing import NDArray
+    from transformers import (
+        CLIPImageProcessor,
+        CLIPVisionModel,
+        PreTrainedTokenizerFast,
+        UMT5EncoderModel,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conditioning:
+    """Everything that is constant over the steps of one chunk, ready for the network.
+
+    Attributes:
+        condition: [1, 4+C, L, h, w] mask and memory.
+        pose_embeds: [1, inner, T, h/2, w/2].
+        face_tokens: [1, T, N, inner].
+        prompt_embeds: [1, 512, text_dim].
+        clip_embeds: [1, tokens, image_dim].
+        negative_prompt_embeds: [1, 512, text_dim] with guidance, else None.
+        blank_face_tokens: [1, T, N, inner] of a black face video with guidance, else None.
+    """
+
+    condition: Tensor
+    pose_embeds: Tensor
+    face_tokens: Tensor
+    prompt_embeds: Tensor
+    clip_embeds: Tensor
+    negative_prompt_embeds: Tensor | None = None
+    blank_face_tokens: Tensor | None = None
+
+
+@dataclass(kw_only=True)
+class AnimatePipeline:
+    """The networks of a checkpoint on one device.
+
+    Attributes:
+        transformer: The velocity network.
+        vae: Video autoencoder; its config holds the latents' mean and deviation.
+        text_encoder: UMT5 encoder; None once the prompt is encoded.
+        tokenizer: Of the text encoder.
+        image_encoder: CLIP vision model.
+        image_processor: CLIP's own preprocessing, used with pixel memory only.
+        device: Where the networks are.
+    """
+
+    transformer: EverAnimateTransformer3DModel
+    vae: AutoencoderKLWan
+    text_encoder: UMT5EncoderModel | None
+    tokenizer: PreTrainedTokenizerFast | None
+    image_encoder: CLIPVisionModel | None
+    image_processor: CLIPImageProcessor | None
+    device: torch.device
+
+    @property
+    def latent_channels(self) -> int:
+        """C."""
+        return int(self.vae.config.z_dim)
+
+    @property
+    def spatial_stride(self) -> int:
+        """Pixels per latent cell."""
+        return int(self.vae.config.scale_factor_spatial)
+
+    @property
+    def size_multiple(self) -> int:
+        """What width and height of a video must be multiples of."""
+        return self.spatial_stride * int(self.transformer.config.patch_size[-1])
+
+    @property
+    def face_size(self) -> int:
+        """Side of the face crops, pixels."""
+        return int(self.transformer.config.motion_encoder_size)
+
+    @torch.no_grad()
+    def encode_prompt(self, prompt: str) -> Tensor:
+        """Text tokens of a prompt, zeros after the last.
+
+        Returns:
+            [1, 512, text_dim] in the network's dtype.
+
+        Source: method page section 2, "Text and CLIP".
+        """
+        assert self.text_encoder is not None, "the text encoder was released"
+        assert self.tokenizer is not None
+        tokens = self.tokenizer(
+            prompt_clean(prompt),
+            padding="max_length",
+            max_length=NUM_TEXT_TOKENS,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        mask = tokens["attention_mask"].to(self.text_encoder.device)
+        embeds = self.text_encoder(
+            tokens["input_ids"].to(self.text_encoder.device), attention_mask=mask
+        ).last_hidden_state
+        embeds = embeds * mask[..., None].to(embeds.dtype)
+        return embeds.to(self.device, self.transformer.dtype)
+
+    def release_text_encoder(self) -> None:
+        """Give the text encoder's memory back; prompts are encoded once per run."""
+        self.text_encoder = None
+        self.tokenizer = None
+
+    @torch.no_grad()
+    def encode_clip(self, frame_u8: NDArray[np.uint8], height: int, width: int) -> Tensor:
+        """CLIP tokens of a frame, preprocessed as the released code does.
+
+        Args:
+            frame_u8: [H, W, 3] RGB.
+            height: Of the video, pixels.
+            width: Of the video, pixels.
+
+        Returns:
+            [1, tokens, image_dim] in the network's dtype.
+        """
+        assert self.image_encoder is not None
+        size = int(self.image_encoder.config.image_size)
+        return self._clip_tokens(clip_pixel_values(frame_u8[None], height, width, size=size))
+
+    @torch.no_grad()
+    def encode_clip_as_stock(self, picture_u8: NDArray[np.uint8]) -> Tensor:
+        """CLIP tokens of the unresized reference through the checkpoint's own image processor.
+
+        Args:
+            picture_u8: [H, W, 3] RGB.
+
+        Returns:
+            [1, tokens, image_dim] in the network's dtype.
+
+        Source: method page section 3, "Comparison modes"; diffusers' `WanAnimatePipeline`.
+        """
+        assert self.image_processor is not None
+        values = self.image_processor(images=picture_u8, return_tensors="pt")["pixel_values"]
+        return self._clip_tokens(values)
+
+    def _clip_tokens(self, values: Tensor) -> Tensor:
+        assert self.image_encoder is not None
+        encoder = self.image_encoder
+        seen = encoder(values.to(encoder.device, encoder.dtype), output_hidden_states=True)
+        return seen.hidden_states[-2].to(self.device, self.transformer.dtype)
+
+    @torch.no_grad()
+    def encode_video(self, pixels: Tensor) -> Tensor:
+        """VAE code (the distribution's mode) of a video.
+
+        Args:
+            pixels: [B, 3, S, H, W] in [-1, 1], S = 4n+1.
+
+        Returns:
+            [B, C, n+1, h, w] normalised, float32.
+        """
+        posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
+        latents = posterior.mode()
+        mean, inverse_std = self._statistics(latents)
+        return ((latents - mean) * inverse_std).float()
+
+    def encode_pictures(self, frames_u8: NDArray[np.uint8]) -> Tensor:
+        """VAE codes of pictures, each encoded alone and untiled.
+
+        Args:
+            frames_u8: [n, H, W, 3] RGB.
+
+        Returns:
+            [1, C, n, h, w] normalised, float32.
+        """
+        codes = [self.encode_video(from_uint8(frame[None])) for frame in frames_u8]
+        return torch.cat(codes, dim=2)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels of a chunk.
+
+        Args:
+            latents: [1, C, T, h, w] normalised; the identity slots are already dropped.
+
+        Returns:
+            [3, 4T-3, H, W] float32 in [-1, 1], on the device.
+        """
+        latents = latents.to(self.vae.dtype)
+        mean, inverse_std = self._statistics(latents)
+        return self.vae.decode(latents / inverse_std + mean).sample[0].float()
+
+    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and inverse deviation [1, C, 1, 1, 1] of the latents."""
+        mean, std = (
+            torch.tensor(values).view(1, -1, 1, 1, 1).to(like)
+            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
+        )
+        return mean, 1.0 / std
+
+    @torch.no_grad()
+    def embed_pose(self, pose_u8: NDArray[np.uint8]) -> Tensor:
+        """Patch embedding of a chunk's pose pictures [F, H, W, 3], for all its steps."""
+        return self.transformer.embed_pose(self.encode_video(from_uint8(pose_u8)))
+
+    @torch.no_grad()
+    def embed_face(self, face_u8: NDArray[np.uint8]) -> Tensor:
+        """Face tokens of a chunk's face crops [F, Hf, Wf, 3], for all its steps."""
+        return self.transformer.embed_face(from_uint8(face_u8))
+
+    @torch.no_grad()
+    def embed_blank_face(self, num_frames: int) -> Tensor:
+        """Face tokens of a black face video: what guidance steers away from."""
+        size = self.face_size
+        return self.transformer.embed_face(torch.full((1, 3, num_frames, size, size), -1.0))
+
+    def denoise(
+        self,
+        noise: Tensor,
+        sigmas: Tensor,
+        conditioning: Conditioning,
+        *,
+        guidance_scale: float = 1.0,
+        as_stock: bool = False,
+    ) -> Iterator[Tensor]:
+        """Walk from noise to clean latents, all slots alike, one Euler step at a time.
+
+        Args:
+            noise: [1, C, L, h, w] float32.
+            sigmas: [steps + 1] from `shifted_sigmas`.
+            conditioning: Of this chunk.
+            guidance_scale: Above 1 the network also runs with the negative prompt and black faces.
+            as_stock: Feed timesteps unrounded, as diffusers' pipeline does.
+
+        Yields:
+            [1, C, L, h, w] float32 after each step; the last one is clean.
+
+        Source: method page section 2, "Sampling".
+        """
+        latents = noise.to(self.device, torch.float32)
+        for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
+            timestep = model_timestep(sigma.view(1), self.transformer.dtype, as_stock=as_stock)
+            velocity = self._velocity(latents, timestep, conditioning, guidance_scale)
+            latents = euler_step(latents, velocity, float(sigma), float(next_sigma))
+            yield latents
+
+    @torch.no_grad()
+    def _velocity(
+        self, latents: Tensor, timestep: Tensor, given: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        network_input = torch.cat([latents, given.condition], dim=1)
+        velocity = self.transformer(
+            network_input,
+            timestep,
+            given.prompt_embeds,
+            given.clip_embeds,
+            given.pose_embeds,
+            given.face_tokens,
+        )
+        if guidance_scale == 1:
+            return velocity
+        assert given.negative_prompt_embeds is not None
+        assert given.blank_face_tokens is not None
+        unguided = self.transformer(
+            network_input,
+            timestep,
+            given.negative_prompt_embeds,
+            given.clip_embeds,
+            given.pose_embeds,
+            given.blank_face_tokens,
+        )
+        return unguided + guidance_scale * (velocity - unguided)

@@ -1,0 +1,171 @@
+"""The Wan-Animate network with any number of identity slots.
+
+Weights, state dict and config are those of diffusers' `WanAnimateTransformer3DModel`; only the
+forward pass differs. What does not depend on the noise level and costs something (pose embedding,
+face tokens) is computed once per chunk by `embed_pose` and `embed_face` and handed to every step.
+"""
+
+import torch
+from diffusers.models.transformers.transformer_wan_animate import WanAnimateTransformer3DModel
+from torch import Tensor
+from torch.nn.functional import pad
+
+# diffusers' WanAttnProcessor splits image from text tokens by this number, fixed in its source.
+NUM_TEXT_TOKENS = 512
+
+
+class EverAnimateTransformer3DModel(WanAnimateTransformer3DModel):
+    """Velocity network of one chunk: `K_id` identity slots, then `T` target latents.
+
+    Differs from diffusers 0.42, which knows exactly one identity slot: pose is added from slot
+    `K_id` on, and `K_id` zero token groups stand before the face tokens. All slots share one
+    timestep and count rotary positions 0 .. L-1.
+
+    Source: method page sections 2 and 6; parity file `transformer.safetensors`.
+    """
+
+    def embed_pose(self, pose_latents: Tensor) -> Tensor:
+        """Patch-embed the pose latents of a chunk; the result goes to every step.
+
+        Args:
+            pose_latents: [B, C, T, h, w] normalised VAE code of the pose frames, target slots only.
+
+        Returns:
+            [B, inner, T, h/2, w/2] in the network's dtype.
+        """
+        weight = self.pose_patch_embedding.weight
+        return self.pose_patch_embedding(pose_latents.to(weight.device, self.dtype))
+
+    def embed_face(
+        self, face_pixels: Tensor, *, motion_encode_batch_size: int | None = None
+    ) -> Tensor:
+        """Turn the face crops of a chunk into one token group per target latent.
+
+        Args:
+            face_pixels: [B, 3, S, Hf, Wf] in [-1, 1], S = 4T - 3, of the size in the network's
+                config. May lie on the CPU in float32: one batch of frames at a time is moved and
+                cast.
+            motion_encode_batch_size: Frames encoded at once, memory against speed; None takes
+                `motion_encoder_batch_size` of the config.
+
+        Returns:
+            [B, T, N, inner] in the network's dtype, without groups for the identity slots.
+        """
+        batch_size, num_frames = face_pixels.shape[0], face_pixels.shape[2]
+        device, dtype = self.motion_encoder.conv_in.weight.device, self.dtype
+        frames = face_pixels.transpose(1, 2).flatten(0, 1)  # [B*S, 3, Hf, Wf]
+        batches = frames.split(motion_encode_batch_size or self.config.motion_encoder_batch_size)
+        # The encoder does its QR decomposition in float32 and answers in the dtype of its input.
+        motion = torch.cat([self.motion_encoder(batch.to(device, dtype)) for batch in batches])
+        return self.face_encoder(motion.unflatten(0, (batch_size, num_frames)))
+
+    # Takes a chunk's embeddings where diffusers takes pose latents and face pixels.
+    def forward(  # noqa: PLR0913, PLR0917  # the inputs of the network, one by one
+        self,
+        hidden_states: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_image: Tensor | None,
+        pose_embeds: Tensor,
+        face_tokens: Tensor,
+    ) -> Tensor:
+        """Predict the velocity of all slots at one noise level.
+
+        The number of identity slots is what `hidden_states` has more than `pose_embeds`.
+
+        Args:
+            hidden_states: [B, 2C+4, L, h, w], L = K_id + T: noisy latents, mask and condition,
+                joined on the channel axis.
+            timestep: [B], 1000 * sigma, already rounded where the caller wants it rounded. Its
+                dtype decides the precision of the sinusoids: float64 as in the released code, any
+                other as in diffusers (the velocity differs by up to 6e-5). May lie on the CPU.
+            encoder_hidden_states: [B, 512, text_dim] text tokens, zeros after the last.
+            encoder_hidden_states_image: [B, 257, image_dim] CLIP tokens; None for a network
+                without image attention.
+            pose_embeds: [B, inner, T, h/2, w/2] from `embed_pose`.
+            face_tokens: [B, T, N, inner] from `embed_face`.
+
+        Returns:
+            [B, C, L, h, w] velocity (noise - clean) in the network's dtype.
+
+        Raises:
+            ValueError: If the shapes do not belong to one chunk.
+        """
+        dtype = self.dtype
+        num_slots, height, width = hidden_states.shape[2:]
+        num_identity_slots = num_slots - pose_embeds.shape[2]
+        if num_identity_slots < 0 or face_tokens.shape[1] != pose_embeds.shape[2]:
+            raise ValueError(
+                f"{num_slots} latent slots, {pose_embeds.shape[2]} pose frames and "
+                f"{face_tokens.shape[1]} face token groups do not make one chunk"
+            )
+        if encoder_hidden_states.shape[1] != NUM_TEXT_TOKENS:
+            raise ValueError(f"need {NUM_TEXT_TOKENS} text tokens: {encoder_hidden_states.shape}")
+        rotary_emb = self.rope(hidden_states)
+
+        hidden_states = self.patch_embedding(hidden_states.to(dtype))  # [B, inner, L, h/2, w/2]
+        # Not in place: in training a hook may have made this output a leaf that requires grad.
+        hidden_states = hidden_states + pad(pose_embeds, (0, 0, 0, 0, num_identity_slots, 0))
+        hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()  # [B, L*h*w/4, inner]
+        # Zero groups are not a no-op: after norm and projection the key/value bias remains.
+        face_tokens = pad(face_tokens, (0, 0, 0, 0, num_identity_slots, 0))  # [B, L, N, inner]
+
+        # Projecting text and image again in every step is 1e-4 of the work at 480p: not cached.
+        text_tokens = encoder_hidden_states.to(dtype)
+        time_embeds = self._embed_time(timestep, text_tokens)  # [B, inner]
+        embedder = self.condition_embedder
+        modulation = embedder.time_proj(embedder.act_fn(time_embeds)).unflatten(1, (6, -1))
+        context = embedder.text_embedder(text_tokens)  # [B, 512, inner]
+        if encoder_hidden_states_image is not None:
+            image_tokens = embedder.image_embedder(encoder_hidden_states_image.to(dtype))
+            context = torch.cat([image_tokens, context], dim=1)  # [B, 257 + 512, inner]
+
+        for block_index, block in enumerate(self.blocks):
+            hidden_states = self._run(block, hidden_states, context, modulation, rotary_emb)
+            adapter_index, blocks_since = divmod(
+                block_index, self.config.inject_face_latents_blocks
+            )
+            if blocks_since == 0:
+                adapter = self.face_adapter[adapter_index]
+                face_update = self._run(adapter, hidden_states, face_tokens)
+                hidden_states = hidden_states + face_update.to(hidden_states.device)
+
+        table = self.scale_shift_table.to(time_embeds.device) + time_embeds.unsqueeze(1)
+        shift, scale = table.to(hidden_states.device).chunk(2, dim=1)  # [B, 1, inner] each
+        normed = self.norm_out(hidden_states.float()) * (1 + scale) + shift
+        patches = self.proj_out(normed.to(hidden_states.dtype))  # [B, L*h*w/4, p_t*p_h*p_w*C]
+        return self._unpatchify(patches, num_slots, height, width)
+
+    def _embed_time(self, timestep: Tensor, text_tokens: Tensor) -> Tensor:
+        """Time embedding [B, inner] in the dtype and on the device of `text_tokens`."""
+        embedder = self.condition_embedder
+        if timestep.dtype == torch.float64:
+            half = self.config.freq_dim // 2
+            exponents = torch.arange(half, dtype=torch.float64, device=timestep.device) / half
+            angles = timestep[:, None] * 10000.0**-exponents
+            sinusoids = torch.cat([angles.cos(), angles.sin()], dim=1)  # [B, freq_dim]
+        else:
+            sinusoids = embedder.timesteps_proj(timestep)
+        weight_dtype = embedder.time_embedder.linear_1.weight.dtype
+        # Weights stored as integers (quantised) say nothing about the dtype to compute in.
+        dtype = weight_dtype if weight_dtype.is_floating_point else text_tokens.dtype
+        sinusoids = sinusoids.to(dtype=dtype).to(text_tokens.device)
+        return embedder.time_embedder(sinusoids).type_as(text_tokens)
+
+    def _run(self, module: torch.nn.Module, *args: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+        """Call a block or face adapter, through gradient checkpointing where it is switched on.
+
+        Differs from diffusers, which checkpoints the blocks only: at 480p the face adapters of the
+        14B network would keep several GiB of activations.
+        """
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(module, *args)
+        return module(*args)
+
+    def _unpatchify(self, patches: Tensor, num_slots: int, height: int, width: int) -> Tensor:
+        """Put the output patches back in place: [B, L*h*w/4, p_t*p_h*p_w*C] -> [B, C, L, h, w]."""
+        p_t, p_h, p_w = self.config.patch_size
+        grid = (num_slots // p_t, height // p_h, width // p_w)
+        patches = patches.unflatten(2, (p_t, p_h, p_w, -1)).unflatten(1, grid)
+        patches = patches.permute(0, 7, 1, 4, 2, 5, 3, 6)  # [B, C, L/p_t, p_t, h/p_h, p_h, ...]
+        return patches.flatten(6, 7).flatten(4, 5).flatten(2, 3)

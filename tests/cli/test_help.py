@@ -1,0 +1,120 @@
+"""The help pages: every option with its default, examples that parse."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from everanimate_cli.cli import ANIMATE_HELP, DEMO_HELP, main
+from everanimate_cli.settings import AnimateSettings, DemoSettings, option_name
+
+
+def help_page(*words: str, columns: int = 200) -> str:
+    """A help page as plain text, whatever the terminal and CI around the tests look like."""
+    forced = ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "TERMINAL_WIDTH")
+    environment = {name: value for name, value in os.environ.items() if name not in forced}
+    return subprocess.run(
+        [sys.executable, "-m", "everanimate_cli", *words, "--help"],
+        env={**environment, "COLUMNS": str(columns), "NO_COLOR": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+
+
+@pytest.fixture(scope="module")
+def animate_page() -> str:
+    return help_page("animate")
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(AnimateSettings)])
+def test_every_option_is_on_the_page(animate_page: str, name: str) -> None:
+    assert re.search(rf"^│ +{option_name(name)}\b", animate_page, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("model", "Wan-AI/Wan2.2-Animate-14B-Diffusers"),
+        ("memory", "latent"),
+        ("extend", "pingpong"),
+        ("fit", "contain"),
+        ("guidance_scale", "1"),
+        ("seed", "0"),
+        ("crf", "18"),
+        ("audio", "on"),
+        ("pose_beside", "off"),
+        ("steps", "the model's"),
+        ("output", "DRIVING_REF.mp4"),
+    ],
+)
+def test_defaults_are_shown(animate_page: str, name: str, default: str) -> None:
+    line = re.search(rf"^│ +{option_name(name)}\b.*$", animate_page, re.MULTILINE)
+    assert line is not None
+    assert f"(default: {default})" in line[0]
+
+
+def test_options_are_grouped(animate_page: str) -> None:
+    headings = re.findall(r"^╭─ (.*?) ─", animate_page, re.MULTILINE)
+    assert headings == [
+        "Arguments",
+        "Options",
+        "Length and motion",
+        "Model",
+        "Picture",
+        "Sampling",
+        "Memory between chunks",
+        "Result",
+        "Run",
+    ]
+
+
+def test_the_demo_page_shows_its_options_and_defaults() -> None:
+    page = help_page("demo")
+    for item in fields(DemoSettings):
+        assert option_name(item.name) in page
+    assert "[default: everanimate-demo]" in page
+    assert "[default: 10.0]" in page
+
+
+def test_the_program_lists_its_commands() -> None:
+    page = help_page()
+    assert re.search(r"^│ animate +Animate the character", page, re.MULTILINE)
+    assert re.search(r"^│ demo +Render a character and a dance", page, re.MULTILINE)
+
+
+def test_a_page_fits_a_terminal_of_80_columns() -> None:
+    page = help_page("animate", columns=80)
+    assert max(len(line) for line in page.splitlines()) <= 80
+    assert "…" not in page
+
+
+def examples(text: str) -> list[list[str]]:
+    return [
+        shlex.split(line)[1:] for line in text.splitlines() if line.startswith("  everanimate ")
+    ]
+
+
+def test_both_commands_give_examples() -> None:
+    assert len(examples(ANIMATE_HELP)) >= 3
+    assert len(examples(DEMO_HELP)) >= 2
+
+
+@pytest.mark.parametrize("words", examples(ANIMATE_HELP))
+def test_the_examples_parse_and_lack_nothing_but_their_files(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert capsys.readouterr().err in (
+        "error: REF anna.png does not exist. Give a picture of the character.\n",
+        "error: --config anna.json cannot be read: No such file or directory.\n",
+    )
