@@ -1,12 +1,14 @@
 """The networks of one checkpoint and what they compute: encode, denoise, decode.
 
-Nothing here knows of chunks, files or the length of a video; `rollout` strings these calls together. Latents cross the
-borders of this module normalised and in float32, pictures as uint8 or as float pixels in [-1, 1].
+Nothing here knows of chunks, files or the length of a video; `rollout` strings these calls
+together. Latents cross the borders of this module normalised and in float32, pictures as uint8 or
+as float pixels in [-1, 1].
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,23 +59,23 @@ class Conditioning:
 
 @dataclass(kw_only=True)
 class AnimatePipeline:
-    """The networks of a checkpoint on one device.
+    """The networks of a checkpoint, which compute on one device.
 
     Attributes:
         transformer: The velocity network.
         vae: Video autoencoder; its config holds the latents' mean and deviation.
-        text_encoder: UMT5 encoder; None once the prompt is encoded.
+        text_encoder: UMT5 encoder; None once the prompt is encoded. May stay on the CPU.
         tokenizer: Of the text encoder.
         image_encoder: CLIP vision model.
         image_processor: CLIP's own preprocessing, used with pixel memory only.
-        device: Where the networks are.
+        device: Where latents and all other results are.
     """
 
     transformer: EverAnimateTransformer3DModel
     vae: AutoencoderKLWan
     text_encoder: UMT5EncoderModel | None
     tokenizer: PreTrainedTokenizerFast | None
-    image_encoder: CLIPVisionModel | None
+    image_encoder: CLIPVisionModel
     image_processor: CLIPImageProcessor | None
     device: torch.device
 
@@ -115,13 +117,11 @@ class AnimatePipeline:
             truncation=True,
             return_attention_mask=True,
             return_tensors="pt",
-        )
-        mask = tokens["attention_mask"].to(self.text_encoder.device)
-        embeds = self.text_encoder(
-            tokens["input_ids"].to(self.text_encoder.device), attention_mask=mask
-        ).last_hidden_state
-        embeds = embeds * mask[..., None].to(embeds.dtype)
-        return embeds.to(self.device, self.transformer.dtype)
+        ).to(self.text_encoder.device)
+        seen = self.text_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])
+        embeds = seen.last_hidden_state.to(self.device, self.transformer.dtype)
+        is_padding = tokens["attention_mask"].to(self.device) == 0
+        return embeds.masked_fill(is_padding[..., None], 0)
 
     def release_text_encoder(self) -> None:
         """Give the text encoder's memory back; prompts are encoded once per run."""
@@ -129,20 +129,20 @@ class AnimatePipeline:
         self.tokenizer = None
 
     @torch.no_grad()
-    def encode_clip(self, frame_u8: NDArray[np.uint8], height: int, width: int) -> Tensor:
+    def encode_clip(self, frame_u8: NDArray[np.uint8]) -> Tensor:
         """CLIP tokens of a frame, preprocessed as the released code does.
 
         Args:
-            frame_u8: [H, W, 3] RGB.
-            height: Of the video, pixels.
-            width: Of the video, pixels.
+            frame_u8: [H, W, 3] RGB at the size of the video.
 
         Returns:
             [1, tokens, image_dim] in the network's dtype.
+
+        Source: method page section 2, "Text and CLIP"; parity file `clip.safetensors`.
         """
-        assert self.image_encoder is not None
+        height, width = frame_u8.shape[:2]
         size = int(self.image_encoder.config.image_size)
-        return self._clip_tokens(clip_pixel_values(frame_u8[None], height, width, size=size))
+        return self._clip_tokens(clip_pixel_values(frame_u8[None], height, width, size))
 
     @torch.no_grad()
     def encode_clip_as_stock(self, picture_u8: NDArray[np.uint8]) -> Tensor:
@@ -160,10 +160,9 @@ class AnimatePipeline:
         values = self.image_processor(images=picture_u8, return_tensors="pt")["pixel_values"]
         return self._clip_tokens(values)
 
-    def _clip_tokens(self, values: Tensor) -> Tensor:
-        assert self.image_encoder is not None
+    def _clip_tokens(self, pixel_values: Tensor) -> Tensor:
         encoder = self.image_encoder
-        seen = encoder(values.to(encoder.device, encoder.dtype), output_hidden_states=True)
+        seen = encoder(pixel_values.to(encoder.device, encoder.dtype), output_hidden_states=True)
         return seen.hidden_states[-2].to(self.device, self.transformer.dtype)
 
     @torch.no_grad()
@@ -177,12 +176,12 @@ class AnimatePipeline:
             [B, C, n+1, h, w] normalised, float32.
         """
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
-        latents = posterior.mode()
-        mean, inverse_std = self._statistics(latents)
-        return ((latents - mean) * inverse_std).float()
+        latents = posterior.mode().float()
+        mean, inverse_std = self._latent_statistics()
+        return (latents - mean) * inverse_std
 
     def encode_pictures(self, frames_u8: NDArray[np.uint8]) -> Tensor:
-        """VAE codes of pictures, each encoded alone and untiled.
+        """VAE codes of pictures, each encoded alone.
 
         Args:
             frames_u8: [n, H, W, 3] RGB.
@@ -190,7 +189,7 @@ class AnimatePipeline:
         Returns:
             [1, C, n, h, w] normalised, float32.
         """
-        codes = [self.encode_video(from_uint8(frame[None])) for frame in frames_u8]
+        codes = [self.encode_video(from_uint8(frame_u8[None])) for frame_u8 in frames_u8]
         return torch.cat(codes, dim=2)
 
     @torch.no_grad()
@@ -203,17 +202,16 @@ class AnimatePipeline:
         Returns:
             [3, 4T-3, H, W] float32 in [-1, 1], on the device.
         """
-        latents = latents.to(self.vae.dtype)
-        mean, inverse_std = self._statistics(latents)
-        return self.vae.decode(latents / inverse_std + mean).sample[0].float()
+        mean, inverse_std = self._latent_statistics()
+        latents = latents.to(self.device, torch.float32) / inverse_std + mean
+        return self.vae.decode(latents.to(self.vae.dtype)).sample[0].float()
 
-    def _statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and inverse deviation [1, C, 1, 1, 1] of the latents."""
-        mean, std = (
-            torch.tensor(values).view(1, -1, 1, 1, 1).to(like)
-            for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
-        )
-        return mean, 1.0 / std
+    def _latent_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and inverse deviation [1, C, 1, 1, 1] of the VAE's latents, float32."""
+        config = self.vae.config
+        mean = torch.tensor(config.latents_mean, device=self.device).view(1, -1, 1, 1, 1)
+        std = torch.tensor(config.latents_std, device=self.device).view(1, -1, 1, 1, 1)
+        return mean, 1 / std
 
     @torch.no_grad()
     def embed_pose(self, pose_u8: NDArray[np.uint8]) -> Tensor:
@@ -244,7 +242,7 @@ class AnimatePipeline:
 
         Args:
             noise: [1, C, L, h, w] float32.
-            sigmas: [steps + 1] from `shifted_sigmas`.
+            sigmas: [steps + 1] from `shifted_sigmas`, on the CPU.
             conditioning: Of this chunk.
             guidance_scale: Above 1 the network also runs with the negative prompt and black faces.
             as_stock: Feed timesteps unrounded, as diffusers' pipeline does.
@@ -255,35 +253,34 @@ class AnimatePipeline:
         Source: method page section 2, "Sampling".
         """
         latents = noise.to(self.device, torch.float32)
-        for sigma, next_sigma in zip(sigmas[:-1], sigmas[1:], strict=True):
-            timestep = model_timestep(sigma.view(1), self.transformer.dtype, as_stock=as_stock)
+        for sigma, next_sigma in pairwise(sigmas):
+            timestep = model_timestep(sigma[None], self.transformer.dtype, as_stock=as_stock)
             velocity = self._velocity(latents, timestep, conditioning, guidance_scale)
-            latents = euler_step(latents, velocity, float(sigma), float(next_sigma))
+            latents = euler_step(latents, velocity, sigma, next_sigma)
             yield latents
 
+    # Not on `denoise`: between two steps of a generator its caller's code runs.
     @torch.no_grad()
     def _velocity(
         self, latents: Tensor, timestep: Tensor, given: Conditioning, guidance_scale: float
     ) -> Tensor:
+        """Velocity [1, C, L, h, w] of one step, float32."""
         network_input = torch.cat([latents, given.condition], dim=1)
-        velocity = self.transformer(
-            network_input,
-            timestep,
-            given.prompt_embeds,
-            given.clip_embeds,
-            given.pose_embeds,
-            given.face_tokens,
-        )
+
+        def run(prompt_embeds: Tensor, face_tokens: Tensor) -> Tensor:
+            return self.transformer(
+                network_input,
+                timestep,
+                prompt_embeds,
+                given.clip_embeds,
+                given.pose_embeds,
+                face_tokens,
+            ).float()
+
+        velocity = run(given.prompt_embeds, given.face_tokens)
         if guidance_scale == 1:
             return velocity
         assert given.negative_prompt_embeds is not None
         assert given.blank_face_tokens is not None
-        unguided = self.transformer(
-            network_input,
-            timestep,
-            given.negative_prompt_embeds,
-            given.clip_embeds,
-            given.pose_embeds,
-            given.blank_face_tokens,
-        )
+        unguided = run(given.negative_prompt_embeds, given.blank_face_tokens)
         return unguided + guidance_scale * (velocity - unguided)

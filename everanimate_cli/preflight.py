@@ -34,9 +34,9 @@ def check_animate(settings: AnimateSettings) -> None:
         _check_file("--pose", settings.pose, "Give a video of drawn skeletons.")
     if settings.face is not None:
         _check_file("--face", settings.face, "Give a video of face crops.")
-    _check_model(settings.model)
+    check_model(settings.model)
     for lora in settings.lora or ():
-        _check_lora(lora)
+        check_lora(lora)
     inputs = [settings.ref, settings.pose, settings.face, *settings.view]
     if settings.driving is not None:
         inputs += [settings.driving / name for name in DRIVING_FILES]
@@ -84,7 +84,13 @@ def _check_driving(driving: Path) -> None:
         raise InputError(f"DRIVING {driving} has no {' and no '.join(missing)}. {_DRIVING_ADVICE}")
 
 
-def _check_model(model: str) -> None:
+def check_model(model: str) -> None:
+    """Refuse a model name that can be neither a folder nor a Hub id; asks no network.
+
+    Raises:
+        SettingsError: If the name fits nothing.
+        WeightsError: If the folder is no checkpoint.
+    """
     if model == TOY_MODEL:
         return
     folder = Path(model)
@@ -96,14 +102,19 @@ def _check_model(model: str) -> None:
             )
         return
     hub_id = split_hub_id(model)
-    if folder.exists() or hub_id is None or hub_id[1]:
+    if folder.exists() or hub_id is None or hub_id.path:
         raise SettingsError(
             f"--model {model} is unknown. Give '{TOY_MODEL}' (embedded, works offline), "
             f"a checkpoint folder, or a Hub id such as {HUB_MODEL}."
         )
 
 
-def _check_lora(lora: LoraSpec) -> None:
+def check_lora(lora: LoraSpec) -> None:
+    """Refuse a LoRA that can be neither a file nor one on the Hub; asks no network.
+
+    Raises:
+        InputError: If the file is missing, empty or of another kind.
+    """
     path = Path(lora.source)
     advice = "Give a .safetensors file or a Hub id, with its strength as FILE=SCALE."
     if path.exists():
@@ -113,8 +124,10 @@ def _check_lora(lora: LoraSpec) -> None:
         return
     hub_id = split_hub_id(lora.source)
     # owner/name.safetensors is a file that is missing: a repository is not called so.
-    if hub_id is None or (not hub_id[1] and path.suffix == ".safetensors"):
+    if hub_id is None or (not hub_id.path and path.suffix == ".safetensors"):
         raise InputError(f"--lora {lora.source} does not exist. {advice}")
+    if hub_id.path and not hub_id.path.endswith(".safetensors"):
+        raise InputError(f"--lora {lora.source} is not a .safetensors file. {advice}")
 
 
 def _check_output(output: Path, *, overwrite: bool) -> None:

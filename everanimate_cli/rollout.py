@@ -1,16 +1,16 @@
 """The chunk loop: persistent latent propagation from the first chunk to the last.
 
-A `Rollout` holds what is fixed for a video; the small `RolloutState` is all that crosses from chunk to chunk, so that
-a run can stop after any chunk and go on from the state alone.
+A `Rollout` holds what is fixed for a video; the small `RolloutState` is all that crosses from
+chunk to chunk, so that a run can stop after any chunk and go on from the state alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from everanimate_cli.memory import (
@@ -35,15 +35,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutState:
-    """What chunk `next_chunk` needs of the chunks before it.
+    """What chunk `next_chunk` needs of the chunks before it; tensors are float32 on the CPU.
 
     Attributes:
         next_chunk: Index of the chunk to generate next.
-        drawn_latents: [1, C, n, h, w] frames of chunk 0 that became anchors, each encoded alone; None before chunk 0,
-            with sink and pixel memory, and where views fill all slots.
-        motion_latents: [1, C, K_mo, h, w] last latents sampled; None before chunk 0 and with sink and pixel memory.
+        drawn_latents: [1, C, n, h, w] frames of chunk 0 that became identity memory, each encoded
+            alone; None before chunk 0, with sink and pixel memory, and where views leave no slot.
+        motion_latents: [1, C, K_mo, h, w] last latents sampled; None before chunk 0 and with sink
+            and pixel memory.
         last_frame_u8: [H, W, 3] last decoded frame of the previous chunk; None before chunk 0.
-        carried_pixels: [1, 3, o, H, W] float32 last decoded frames, pixel memory only.
+        carried_pixels: [1, 3, o, H, W] in [-1, 1], last decoded frames of the previous chunk;
+            pixel memory only.
+
+    Source: method page section 2, "State after chunk k".
     """
 
     next_chunk: int = 0
@@ -55,7 +59,11 @@ class RolloutState:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One Euler step of a chunk is done; counts from 0."""
+    """One Euler step of a chunk is done.
+
+    Attributes:
+        step_index: From 0 in every chunk.
+    """
 
     step_index: int
 
@@ -66,8 +74,9 @@ class Chunk:
 
     Attributes:
         chunk_index: From 0.
-        latents: [1, C, T, h, w] float32 sampled target latents, identity slots dropped.
-        frames_u8: [F, H, W, 3] all decoded frames; the first `overlap` repeat the previous chunk.
+        latents: [1, C, T, h, w] sampled target latents without the identity slots, float32 on the
+            CPU.
+        frames_u8: [F, H, W, 3] all decoded frames, also those that repeat the previous chunk.
         state: What the next chunk needs.
     """
 
@@ -85,22 +94,25 @@ class Rollout:
         pipeline: The networks.
         reference_u8: [H, W, 3] reference at the size of the video.
         picture_u8: [*, *, 3] reference before it was resized; only pixel memory shows it to CLIP.
-        views_u8: [V, H, W, 3] further pictures of the character at the size of the video.
+        views_u8: [H, W, 3] each, further pictures of the character at the size of the video.
         read_driving: Gives (pose [F, H, W, 3], face [F, Hf, Wf, 3]) of a chunk, uint8.
-        noise: Gives the noise of a chunk, [1, C, K_id+T, h, w] float32.
-        anchor_frame_indices: Frames of chunk 0 that become anchors, rising; one per identity slot that neither a view
-            nor the reference takes.
+        noise: Gives the noise of a chunk, of `noise_shape`, float32.
+        anchor_frame_indices: Frames of chunk 0 that become identity memory, rising; with latent
+            memory one per slot that neither a view nor the reference takes, else none.
         prompt_embeds: [1, 512, text_dim].
-        negative_prompt_embeds: The same for guidance above 1.
+        negative_prompt_embeds: [1, 512, text_dim], needed with guidance.
         num_chunks: How many chunks the video has.
         frames_per_chunk: F.
         overlap: Frames shared by neighbours; with latent memory a multiple of 4.
-        num_identity_slots: K_id.
+        num_identity_slots: K_id, 1 with pixel memory.
         num_inference_steps: Euler steps.
         shift: Warp of the noise levels.
-        guidance_scale: 1 runs the network once a step.
+        guidance_scale: 1 runs the network once a step, any other value twice.
         memory: What one chunk hands to the next.
-        clip_image: What CLIP sees from the second chunk on.
+        clip_image: What CLIP sees from the second chunk on; with pixel memory always the reference.
+
+    Raises:
+        ValueError: If parts do not fit, which the chunks after the first would stumble on.
     """
 
     pipeline: AnimatePipeline
@@ -122,19 +134,31 @@ class Rollout:
     memory: Memory = "latent"
     clip_image: ClipImage = "previous"
 
+    def __post_init__(self) -> None:
+        """Refuse parts that do not fit each other."""
+        num_drawn = len(self.anchor_frame_indices)
+        num_wanted = (
+            count_drawn_frames(self.num_identity_slots, len(self.views_u8))
+            if self.memory == "latent"
+            else 0
+        )
+        if num_drawn != num_wanted:
+            raise ValueError(f"{num_drawn} anchor frames for {num_wanted} slots")
+        if self.memory == "pixel" and (self.num_identity_slots != 1 or len(self.views_u8)):
+            raise ValueError("pixel memory has one identity slot, which holds the reference")
+        if self.memory == "latent" and self.overlap % TEMPORAL_STRIDE:
+            raise ValueError(f"latent memory cannot carry {self.overlap} frames")
+        if self.guidance_scale != 1 and self.negative_prompt_embeds is None:
+            raise ValueError("guidance needs a negative prompt")
+
     @property
     def num_target_slots(self) -> int:
         """T."""
         return (self.frames_per_chunk - 1) // TEMPORAL_STRIDE + 1
 
     @property
-    def num_motion_slots(self) -> int:
-        """K_mo."""
-        return self.overlap // TEMPORAL_STRIDE
-
-    @property
     def noise_shape(self) -> tuple[int, int, int, int, int]:
-        """Shape of a chunk's noise."""
+        """(1, C, K_id + T, h, w)."""
         height, width = self.reference_u8.shape[:2]
         stride = self.pipeline.spatial_stride
         num_slots = self.num_identity_slots + self.num_target_slots
@@ -152,100 +176,114 @@ class Rollout:
         Source: method page section 2.
         """
         state = state or RolloutState()
-        pipeline = self.pipeline
-        height, width = self.reference_u8.shape[:2]
         sigmas = shifted_sigmas(self.num_inference_steps, self.shift)
-        reference_latents = pipeline.encode_pictures(self.reference_u8[None])
-        views_latents = (
-            pipeline.encode_pictures(np.stack(self.views_u8)) if len(self.views_u8) else None
-        )
-        if self.memory == "pixel":
-            reference_clip = pipeline.encode_clip_as_stock(self.picture_u8)
-        else:
-            reference_clip = pipeline.encode_clip(self.reference_u8, height, width)
-        blank_face = None
-        if self.guidance_scale != 1:
-            blank_face = pipeline.embed_blank_face(self.frames_per_chunk)
-
         for chunk_index in range(state.next_chunk, self.num_chunks):
-            pose_u8, face_u8 = self.read_driving(chunk_index)
-            clip_embeds = reference_clip
-            if self.clip_image == "previous" and state.last_frame_u8 is not None:
-                clip_embeds = pipeline.encode_clip(state.last_frame_u8, height, width)
-            conditioning = Conditioning(
-                condition=self._condition(state, reference_latents, views_latents),
-                pose_embeds=pipeline.embed_pose(pose_u8),
-                face_tokens=pipeline.embed_face(face_u8),
-                prompt_embeds=self.prompt_embeds,
-                clip_embeds=clip_embeds,
-                negative_prompt_embeds=self.negative_prompt_embeds,
-                blank_face_tokens=blank_face,
-            )
-            steps = pipeline.denoise(
-                self.noise(chunk_index),
+            latents = self.noise(chunk_index)
+            steps = self.pipeline.denoise(
+                latents,
                 sigmas,
-                conditioning,
+                self._conditioning(state),
                 guidance_scale=self.guidance_scale,
                 as_stock=self.memory == "pixel",
             )
-            latents = reference_latents  # replaced by the first step
-            for step_index, latents in enumerate(steps):  # noqa: B007
+            for step_index, latents in enumerate(steps):  # noqa: B007  # the last ones stay
                 yield Step(step_index=step_index)
-            target_latents = latents[:, :, self.num_identity_slots :]
-            pixels = pipeline.decode(target_latents)
-            frames_u8 = to_uint8(pixels).cpu().numpy()
-            state = self._next_state(state, target_latents, pixels, frames_u8)
+            # The network restores the identity slots too, but they are no part of the video.
+            latents = latents[:, :, self.num_identity_slots :]
+            pixels = self.pipeline.decode(latents)
+            frames_u8 = _to_frames(pixels)
+            state = self._next_state(state, latents, pixels, frames_u8)
             yield Chunk(
                 chunk_index=chunk_index,
-                latents=target_latents,
+                latents=latents.cpu().contiguous(),
                 frames_u8=frames_u8,
                 state=state,
             )
 
-    def _condition(
-        self, state: RolloutState, reference_latents: Tensor, views_latents: Tensor | None
-    ) -> Tensor:
-        """The condition tensor of the next chunk, on the device."""
+    def decode_frames(self, latents: Tensor) -> Frames:
+        """Frames [F, H, W, 3] of a chunk from its `Chunk.latents`, the same as when it was made."""
+        return _to_frames(self.pipeline.decode(latents))
+
+    def _conditioning(self, state: RolloutState) -> Conditioning:
+        """All that the network sees beside the noise in the chunk that follows `state`."""
+        pose_u8, face_u8 = self.read_driving(state.next_chunk)
+        return Conditioning(
+            condition=self._condition(state),
+            pose_embeds=self.pipeline.embed_pose(pose_u8),
+            face_tokens=self.pipeline.embed_face(face_u8),
+            prompt_embeds=self.prompt_embeds,
+            clip_embeds=self._clip_embeds(state),
+            negative_prompt_embeds=self.negative_prompt_embeds,
+            blank_face_tokens=None if self.guidance_scale == 1 else self._blank_face_tokens,
+        )
+
+    def _condition(self, state: RolloutState) -> Tensor:
+        """Memory and mask [1, 4+C, L, h, w], on the device."""
+        reference = self._reference_latents
         if self.memory == "pixel":
             height, width = self.reference_u8.shape[:2]
-            video = pixel_condition_video(
-                state.carried_pixels, self.frames_per_chunk, height, width
-            )
-            num_carried = 0 if state.carried_pixels is None else self.overlap
-            video_latents = self.pipeline.encode_video(video)
-            return build_pixel_condition(reference_latents, video_latents, num_carried)
+            carried = state.carried_pixels
+            video = pixel_condition_video(carried, self.frames_per_chunk, height, width)
+            num_carried = 0 if carried is None else self.overlap
+            return build_pixel_condition(reference, self.pipeline.encode_video(video), num_carried)
+        drawn, motion = state.drawn_latents, state.motion_latents
         identity = assemble_identity(
-            reference_latents,
+            reference,
             self.num_identity_slots,
-            views=views_latents,
-            drawn=_to(state.drawn_latents, reference_latents),
+            views=self._views_latents,
+            drawn=None if drawn is None else drawn.to(reference),
         )
-        motion = _to(state.motion_latents, reference_latents)
         return build_condition(identity, motion, self.num_target_slots)
 
+    def _clip_embeds(self, state: RolloutState) -> Tensor:
+        if self.memory == "pixel" or self.clip_image == "reference" or state.last_frame_u8 is None:
+            return self._reference_clip_embeds
+        return self.pipeline.encode_clip(state.last_frame_u8)
+
     def _next_state(
-        self, state: RolloutState, target_latents: Tensor, pixels: Tensor, frames_u8: Frames
+        self, state: RolloutState, latents: Tensor, pixels: Tensor, frames_u8: Frames
     ) -> RolloutState:
-        """State after the chunk that was just decoded."""
-        following = replace(state, next_chunk=state.next_chunk + 1, last_frame_u8=frames_u8[-1])
+        """State after the chunk that was just decoded; copies, so that the chunk can be freed."""
+        following = replace(
+            state, next_chunk=state.next_chunk + 1, last_frame_u8=frames_u8[-1].copy()
+        )
         if self.memory == "pixel":
-            return replace(following, carried_pixels=pixels[None, :, -self.overlap :])
+            carried = pixels[None, :, -self.overlap :]
+            return replace(following, carried_pixels=carried.cpu().contiguous())
         if self.memory == "sink":
             return following
-        following = replace(
-            following, motion_latents=target_latents[:, :, -self.num_motion_slots :]
+        drawn = state.drawn_latents
+        if state.next_chunk == 0 and self.anchor_frame_indices:
+            chosen_u8 = frames_u8[list(self.anchor_frame_indices)]
+            drawn = self.pipeline.encode_pictures(chosen_u8).cpu()
+        num_motion_slots = self.overlap // TEMPORAL_STRIDE
+        return replace(
+            following,
+            drawn_latents=drawn,
+            motion_latents=latents[:, :, -num_motion_slots:].cpu().contiguous(),
         )
-        if state.next_chunk == 0 and len(self.anchor_frame_indices):
-            chosen = frames_u8[list(self.anchor_frame_indices)]
-            return replace(following, drawn_latents=self.pipeline.encode_pictures(chosen))
-        return following
 
-    def count_anchors(self) -> int:
-        """How many frames of chunk 0 become identity memory with these slots and views."""
-        if self.memory != "latent":
-            return 0
-        return count_drawn_frames(self.num_identity_slots, len(self.views_u8))
+    # What the chunks share is computed when the first of them asks for it.
+
+    @cached_property
+    def _reference_latents(self) -> Tensor:
+        return self.pipeline.encode_pictures(self.reference_u8[None])
+
+    @cached_property
+    def _views_latents(self) -> Tensor | None:
+        return self.pipeline.encode_pictures(np.stack(self.views_u8)) if self.views_u8 else None
+
+    @cached_property
+    def _reference_clip_embeds(self) -> Tensor:
+        if self.memory == "pixel":
+            return self.pipeline.encode_clip_as_stock(self.picture_u8)
+        return self.pipeline.encode_clip(self.reference_u8)
+
+    @cached_property
+    def _blank_face_tokens(self) -> Tensor:
+        return self.pipeline.embed_blank_face(self.frames_per_chunk)
 
 
-def _to(latents: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if latents is None else latents.to(like)
+def _to_frames(pixels: Tensor) -> Frames:
+    """[3, F, H, W] float -> [F, H, W, 3] uint8."""
+    return to_uint8(pixels).cpu().numpy()

@@ -12,7 +12,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
 
 from everanimate_cli.errors import InputError, SettingsError, WeightsError
 
@@ -67,6 +67,11 @@ def option_name(name: str) -> str:
     return _POSITIONAL.get(name) or "--" + name.replace("_", "-")
 
 
+def run_folder(output: Path) -> Path:
+    """Where the finished chunks of a result wait until it is whole: `NAME.mp4.run` beside it."""
+    return output.with_name(output.name + ".run")
+
+
 def parse_time(text: str) -> float:
     """Seconds from "12.5", "1:02.5" or "1:00:02.5".
 
@@ -99,7 +104,7 @@ class LoraSpec:
     """One LoRA and its strength, written `SOURCE` or `SOURCE=SCALE`.
 
     Attributes:
-        source: A .safetensors file, or on the Hub `owner/name` or `owner/name/path/to/file`.
+        source: A .safetensors file, or on the Hub `owner/name/path/to/file[@revision]`.
         scale: Factor on the LoRA's update; 1 is as trained.
     """
 
@@ -132,15 +137,28 @@ class LoraSpec:
         return f"{self.source}={self.scale!r}"
 
 
-def split_hub_id(text: str) -> tuple[str, str] | None:
-    """(repository, path inside it or "") of a Hub id `owner/name[/path]`, else None.
+class HubId(NamedTuple):
+    """A place on the Hub, written `owner/name[/path][@revision]`.
+
+    Attributes:
+        repository: `owner/name`.
+        path: Of a file in the repository, or "".
+        revision: Branch, tag or commit hash; None where none is named.
+    """
+
+    repository: str
+    path: str = ""
+    revision: str | None = None
+
+
+def split_hub_id(text: str) -> HubId | None:
+    """The parts of a Hub id; None for anything else.
 
     What starts with "." or "~" is a path; so is what has an empty part, such as "/absolute".
     """
-    owner, _, rest = text.partition("/")
-    name, _, inside = rest.partition("/")
-    plain = all(re.fullmatch(r"[\w-][\w.-]*", part) for part in (owner, name))
-    return (f"{owner}/{name}", inside) if plain else None
+    pattern = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([^@]*))?(?:@([\w./-]+))?"
+    match = re.fullmatch(pattern, text)
+    return HubId(match[1], match[2] or "", match[3]) if match else None
 
 
 # Field type -> (JSON types that fit, what an error asks for). A bool never passes for a number.
@@ -306,7 +324,7 @@ class AnimateSettings(_Record):
         frames: See `minutes`.
         start: Where the driving motion begins [s].
         end: Where the driving motion ends [s]; None for its own end.
-        model: "toy", a checkpoint folder or a Hub id.
+        model: "toy", a checkpoint folder or a Hub id `owner/name[@revision]`.
         lora: LoRAs on top of the model; None for the model's own, empty for none at all.
         view: More pictures of the character; each takes an identity slot.
         size: "WIDTHxHEIGHT", or "auto" for the reference's aspect at the model's area.

@@ -23,6 +23,7 @@ import math
 import multiprocessing
 import os
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,12 +32,19 @@ import cv2
 import numpy as np
 import torch
 import torch.multiprocessing
-from diffusers import AutoencoderKLWan
+from diffusers import (
+    AutoencoderKLWan,
+    UniPCMultistepScheduler,
+    WanAnimatePipeline,
+    WanAnimateTransformer3DModel,
+)
 from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, distributed
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
+    CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
     PreTrainedTokenizerFast,
@@ -48,6 +56,7 @@ from everanimate_cli import toyworld
 from everanimate_cli.clip_image import CLIP_MEAN, CLIP_STD
 from everanimate_cli.memory import build_condition, build_pixel_condition
 from everanimate_cli.schedule import training_schedule
+from everanimate_cli.settings import MODEL_DEFAULTS_FILE, ModelDefaults
 from everanimate_cli.transformer import NUM_TEXT_TOKENS, EverAnimateTransformer3DModel
 
 if TYPE_CHECKING:
@@ -395,8 +404,7 @@ def load_average(work: Path, name: str, model: torch.nn.Module) -> torch.nn.Modu
 
 # What one process sees in one step, (frames, clips). Single pictures bring variety, without which the normalised
 # updates chase the colours of one clip; whole chunks keep the end of a chunk from fading.
-_CLIPS_PER_STEP = ((1, 6), (5, 3), (21, 1))
-_LONG_CLIP_EVERY = 2
+_CLIPS_PER_STEP = ((1, 4), (5, 1), (21, 1))
 _POSE_SHARE, _EMPTY_SHARE = 0.35, 0.04
 _KL_WEIGHT = 1e-4
 _FIRST_LOG_VARIANCE = -6.0
@@ -428,7 +436,6 @@ def _vae_loss(
     work: Path, device: torch.device
 ) -> Callable[[torch.nn.Module, np.random.Generator], Loss]:
     videos, poses = open_videos(work, "rgb"), open_videos(work, "pose")
-    step = 0
     scale = 8 if device.type == "cuda" else 1
 
     def draw(rng: np.random.Generator, num_frames: int, pose: bool) -> Tensor:
@@ -440,13 +447,9 @@ def _vae_loss(
         return clip.flip(-1) if not pose and rng.random() < 0.5 else clip  # noqa: PLR2004
 
     def loss(model: torch.nn.Module, rng: np.random.Generator) -> Loss:
-        nonlocal step
-        step += 1
         total, divergence, weight_sum = 0.0, 0.0, 0
         errors: dict[str, list[Tensor]] = {"rgb": [], "pose": []}
         for num_frames, num_clips in _CLIPS_PER_STEP:
-            if num_frames == FRAMES_PER_CHUNK and step % _LONG_CLIP_EVERY:
-                continue
             is_pose = [rng.random() < _POSE_SHARE for _ in range(num_clips * scale)]
             pixels = torch.stack([draw(rng, num_frames, pose) for pose in is_pose]).to(device)
             posterior = model.encode(pixels).latent_dist  # type: ignore[operator]
@@ -960,14 +963,17 @@ def _transformer_loss(
         noise = torch.randn_like(clean)
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * clean + level * noise
-        velocity = model(
-            torch.cat([noisy, condition], dim=1).to(device),
-            (1000 * sigma).to(device),
-            text.to(device),
-            clip.to(device),
-            model.embed_pose(pose.to(device)),  # type: ignore[operator]
-            model.face_encoder(batch["face"].to(device)),  # type: ignore[operator]
-        )
+        # On a CPU the fused attention's backward pass is several times slower than explicit attention at this size.
+        explicit = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+        with explicit:
+            velocity = model(
+                torch.cat([noisy, condition], dim=1).to(device),
+                (1000 * sigma).to(device),
+                text.to(device),
+                clip.to(device),
+                model.embed_pose(pose.to(device)),  # type: ignore[operator]
+                model.face_encoder(batch["face"].to(device)),  # type: ignore[operator]
+            )
         squared = (velocity.float() - (noise - clean).to(device)).square()
         num_identity = identity.shape[2]
         target = squared[:, :, num_identity:].detach().mean()
@@ -1009,16 +1015,64 @@ def _is_edge_of_transformer(name: str) -> bool:
     return not inside or "scale_shift_table" in name
 
 
+# --- stage: export ----------------------------------------------------------------------------------------------------
+
+MAX_CHECKPOINT_BYTES = 16_000_000
+
+
+def export(work: Path, output: Path) -> None:
+    """Write the complete checkpoint in half precision, laid out as diffusers does, with its `everanimate.json`."""
+    statistics = json.loads((work / "latents.json").read_text())
+    vae = AutoencoderKLWan(**(VAE_CONFIG | statistics))
+    vae.load_state_dict(load_average(work, "vae", build_vae()).state_dict())
+    towers = load_average(work, "image_text", _ImageTextModel())
+    trained = load_average(work, "transformer", build_transformer())
+    transformer = WanAnimateTransformer3DModel(**TRANSFORMER_CONFIG)
+    transformer.load_state_dict(trained.state_dict())
+    edge = {"height": SIZE_PX, "width": SIZE_PX}
+    pipeline = WanAnimatePipeline(
+        transformer=transformer.half(),
+        vae=vae.half(),
+        text_encoder=towers.text.half(),  # type: ignore[union-attr,operator]
+        tokenizer=build_tokenizer(),
+        image_encoder=towers.image.half(),  # type: ignore[union-attr,operator]
+        image_processor=CLIPImageProcessor(size={"shortest_edge": SIZE_PX}, crop_size=edge),
+        scheduler=UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=_TRAINING_SHIFT
+        ),
+    )
+    pipeline.save_pretrained(output)
+    defaults = ModelDefaults(
+        fps=toyworld.FRAME_RATE_FPS,
+        width=SIZE_PX,
+        height=SIZE_PX,
+        num_inference_steps=12,
+        shift=_TRAINING_SHIFT,
+        frames_per_chunk=FRAMES_PER_CHUNK,
+        overlap=OVERLAP,
+        identity_slots=NUM_IDENTITY_SLOTS,
+        face_size=toyworld.FACE_SIZE_PX,
+        prompt=PROMPT,
+    )
+    text = json.dumps(defaults.to_json(), indent=2)
+    (output / MODEL_DEFAULTS_FILE).write_text(text + "\n", encoding="utf-8")
+    size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
+    log.info("%s: %.2f MB", output, size / 1e6)
+    if size > MAX_CHECKPOINT_BYTES:
+        raise SystemExit(f"the checkpoint has {size} bytes, more than {MAX_CHECKPOINT_BYTES}")
+
+
 def main() -> None:
     """Run one stage."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("stage", choices=["render", "vae", "encoders", "latents", "transformer"])
+    parser.add_argument("stage", choices=["render", "vae", "encoders", "latents", "transformer", "export"])
     parser.add_argument("--work", type=Path, required=True, help="folder of data and checkpoints")
     parser.add_argument("--minutes", type=float, default=30.0, help="wall time of the stage in all")
     parser.add_argument("--videos", type=int, default=3000, help="videos to render")
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, help="folder of the exported checkpoint")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     if options.stage == "render":
@@ -1031,6 +1085,8 @@ def main() -> None:
         encode_latents(options.work, options.videos, options.processes)
     elif options.stage == "transformer":
         train_transformer(options.work, options.minutes, options.processes)
+    elif options.stage == "export":
+        export(options.work, options.output or Path(__file__).parent / "toy_model")
 
 
 if __name__ == "__main__":

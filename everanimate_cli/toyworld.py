@@ -480,6 +480,15 @@ class ToyScene:
         pose = skeleton.draw_pose(keypoints, self.height, self.width)
         return ToyFrame(rgb=canvas, keypoints=keypoints, pose=pose, face=face)
 
+    def room_at(self, time_s: float) -> Frame:
+        """[H, W, 3] uint8: the room without the person, as the camera sees it at a moment."""
+        height, width = self.height * self._scale, self.width * self._scale
+        room = self._room(height, width, *self._view(time_s))
+        if self._scale == 1:
+            return room
+        small = cv2.resize(room, (self.width, self.height), interpolation=cv2.INTER_AREA)
+        return np.asarray(small, np.uint8)
+
     def frames(
         self, num_frames: int, *, start_s: float = 0.0, rate_fps: float = FRAME_RATE_FPS
     ) -> Iterator[ToyFrame]:

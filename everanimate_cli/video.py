@@ -56,14 +56,18 @@ _NUM_CACHED_FRAMES = 8
 # Jumping to a key frame pays only if it saves decoding at least this many frames.
 _NUM_FRAMES_WORTH_A_SEEK = 16
 
+# Key frames to try, backwards, before decoding from the start.
+_NUM_SEEKS = 4
+
 # A file has a constant rate if no frame is this far from its place [frames].
 _HALF_A_FRAME = 0.5
 
 # By how many frames x264 and x265 may run ahead of the display: B-frames with one level between.
 _REORDER_DELAY = 2
 
-# x265 4.2 writes past its buffers at some widths from 34 to 48.
-_MIN_H265_SIDE = 64
+# x265 4.2 reads and writes past its buffers in pictures up to 64 pixels wide: the program crashes,
+# or the bytes differ from run to run.
+_MIN_H265_SIDE = 128
 
 # Sound that MP4 has a registered sample entry for, so that players know it. FFmpeg would put
 # Vorbis and plain PCM into MP4 as well, but few other programs play that.
@@ -166,10 +170,8 @@ class Timeline:
 
         Source: pose page section 6, by time stamps; golden file `frame_sampling.json`.
         """
-        # One division of two integers per frame, so that a tie comes out as an exact tie.
-        numerator = rate.denominator * self.time_base.denominator
-        denominator = rate.numerator * self.time_base.numerator
-        wanted = np.arange(num_frames) * numerator / denominator
+        # The floating-point steps of the released code in their order, so that ties fall alike.
+        wanted = np.arange(num_frames) / float(rate) * float(1 / self.time_base)
         wanted += float(Fraction(start_s) / self.time_base)
         since_first = self.times - self.times[0]
         middles = (since_first[:-1] + since_first[1:]) / 2  # [N - 1]
@@ -805,7 +807,6 @@ class _Decoder:
     def __init__(self, path: Path, examined: _Examined) -> None:
         self._path = path
         self._examined = examined
-        self._single_thread = False
         self._reformatter = VideoReformatter()
         self._container: InputContainer | None = None
         self._frames: Iterator[tuple[int, VideoFrame]] = iter(())
@@ -821,32 +822,38 @@ class _Decoder:
 
     def decode(self, number: int) -> Frames:
         """Frame `number` of the file [H, W, 3], upright and with square pixels."""
+        key = int(self._examined.keys[number])
         try:
-            frame = self._find(number)
+            if not self._continues_to(key):
+                self._seek(key)
+            frame = self._next_frame(key)
         except av.error.FFmpegError:
-            # With several threads an error surfaces before the frames in work are handed out. A
-            # second try on one thread still finds every frame before the damage.
-            self.close()
-            self._single_thread = True
-            try:
-                frame = self._find(number)
-            except av.error.FFmpegError as error:
-                raise self._damaged(number) from error
+            frame = None
         if frame is None or frame.is_corrupt:
-            raise self._damaged(number)
+            frame = self._decode_from_start(number)
         return self._to_upright_rgb(frame)
 
-    def _damaged(self, number: int) -> MediaError:
-        times = self._examined.timeline.times
-        ticks = int(times[number]) - int(times[0])
-        self.close()
-        return _damaged(self._path, float(ticks * self._examined.timeline.time_base))
+    def _decode_from_start(self, number: int) -> VideoFrame:
+        """Second try for a frame that several threads or a jump may have lost.
 
-    def _find(self, number: int) -> VideoFrame | None:
-        """Decode up to frame `number`; None if the decoder leaves it out."""
-        key = int(self._examined.keys[number])
-        if not self._continues_to(key):
-            self._seek(key)
+        With several threads an error surfaces before the frames in work are handed out. And a
+        stream that refreshes its picture bit by bit shows nothing for a while after a jump.
+        """
+        self._start(single_thread=True)
+        cause = None
+        try:
+            frame = self._next_frame(int(self._examined.keys[number]))
+        except av.error.FFmpegError as error:
+            frame, cause = None, error
+        if frame is None or frame.is_corrupt:
+            self.close()
+            times = self._examined.timeline.times
+            ticks = int(times[number]) - int(times[0])
+            raise _damaged(self._path, float(ticks * self._examined.timeline.time_base)) from cause
+        return frame
+
+    def _next_frame(self, key: int) -> VideoFrame | None:
+        """Decode up to the frame `key`; None if the decoder leaves it out."""
         for found_key, frame in self._frames:
             self._last_key = found_key
             if found_key >= key:
@@ -857,10 +864,8 @@ class _Decoder:
         """Whether going on from the last frame is the cheapest way to the frame `key`."""
         if self._last_key is None or self._last_key >= key:
             return False
-        if self._examined.by_order:
-            return True
         key_frames = self._key_frames_up_to(key)
-        if not len(key_frames):
+        if self._examined.by_order or not len(key_frames):
             return True
         reached, jump = np.searchsorted(self._examined.keys, [self._last_key, key_frames[-1]])
         return bool(jump - reached < _NUM_FRAMES_WORTH_A_SEEK)
@@ -872,38 +877,40 @@ class _Decoder:
 
     def _seek(self, key: int) -> None:
         """Arrange that the frame `key` is still to come."""
-        self._frames = iter(())
-        self._last_key = None
-        if not self._examined.by_order:
-            # A container may land later than asked (MPEG-TS guesses by the bit rate), so go back
-            # until decoding can start at a key frame that is not after `key`.
-            for key_frame in self._key_frames_up_to(key)[::-1][:4].tolist():
-                container, stream = self._opened()
-                container.seek(key_frame, stream=stream)
-                packets = container.demux(stream)
-                first = next((packet for packet in packets if packet.is_keyframe), None)
-                if first is not None and first.pts is not None and first.pts <= key:
-                    self._frames = _timed_frames(chain((first,), packets), first.pts)
-                    return
+        if self._container is None or self._examined.by_order:
+            container = self._start()
+        else:
+            container = self._container
+        if self._examined.by_order:
+            return
+        stream = _video_stream(container, self._path)
+        # A container may land later than asked (MPEG-TS guesses by the bit rate), so go back until
+        # decoding can start at a key frame that is not after `key`.
+        for key_frame in self._key_frames_up_to(key)[::-1][:_NUM_SEEKS].tolist():
+            container.seek(key_frame, stream=stream)
+            packets = container.demux(stream)
+            first = next((packet for packet in packets if packet.is_keyframe), None)
+            if first is not None and first.pts is not None and first.pts <= key:
+                self._frames = _timed_frames(chain((first,), packets), first.pts)
+                self._last_key = None
+                return
+        self._start()
+
+    def _start(self, *, single_thread: bool = False) -> InputContainer:
+        """Open the file anew, with its first frame still to come."""
         self.close()
-        container, stream = self._opened()
-        packets = container.demux(stream)
+        self._container = _open(self._path)
+        stream = _video_stream(self._container, self._path)
+        if single_thread:
+            stream.thread_count = 1
+        else:
+            stream.thread_type = "AUTO"
+        packets = self._container.demux(stream)
         if self._examined.by_order:
             self._frames = enumerate(frame for packet in packets for frame in packet.decode())
         else:
             self._frames = _timed_frames(packets, int(self._examined.keys[0]))
-
-    def _opened(self) -> tuple[InputContainer, VideoStream]:
-        """The file, opened if it is not, and its video stream."""
-        if self._container is not None:
-            return self._container, _video_stream(self._container, self._path)
-        self._container = _open(self._path)
-        stream = _video_stream(self._container, self._path)
-        if self._single_thread:
-            stream.thread_count = 1
-        else:
-            stream.thread_type = "AUTO"
-        return self._container, stream
+        return self._container
 
     def _to_upright_rgb(self, frame: VideoFrame) -> Frames:
         """[H, W, 3] uint8 RGB with square pixels and the rotation of the file applied."""

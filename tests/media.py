@@ -137,6 +137,7 @@ def write_media(  # noqa: PLR0913 - the one function that knows how to make odd 
             video.width, video.height = frames.shape[2], frames.shape[1]
             video.pix_fmt = pixel_format
             video.codec_context.time_base = base
+            video.codec_context.thread_count = 1
             if sample_aspect is not None:
                 video.codec_context.sample_aspect_ratio = sample_aspect
             if colorspace is not None:
@@ -146,8 +147,12 @@ def write_media(  # noqa: PLR0913 - the one function that knows how to make odd 
             if rotation:
                 video.set_display_rotation(rotation)
             for index, pixels in enumerate(frames):
+                # One thread: by default every conversion starts one thread per core.
                 frame = VideoFrame.from_ndarray(pixels, format="rgb24").reformat(
-                    format=pixel_format, dst_colorspace=colorspace, dst_color_range=color_range
+                    format=pixel_format,
+                    dst_colorspace=colorspace,
+                    dst_color_range=color_range,
+                    threads=1,
                 )
                 frame.pts = index if times is None else times[index]
                 frame.time_base = base
@@ -233,7 +238,9 @@ def decode_video(path: Path) -> tuple[list[int], Frames]:
     """Time stamps [S] and frames [S, H, W, 3] of a plain decode from begin to end."""
     with av.open(str(path)) as container:
         frames = list(container.decode(video=0))
-        pixels = np.stack([frame.to_ndarray(format="rgb24") for frame in frames])
+        pixels = np.stack(
+            [frame.reformat(format="rgb24", threads=1).to_ndarray() for frame in frames]
+        )
         return [frame.pts for frame in frames], pixels
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -18,7 +17,9 @@ from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from everanimate_cli.pipeline import AnimatePipeline
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
 
 PARITY_DIR = Path(
@@ -74,32 +75,6 @@ def build_transformer() -> EverAnimateTransformer3DModel:
     return transformer.eval().requires_grad_(False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Codec:
-    """The VAE of `vae.safetensors`, to and from normalised latents, mode of the distribution."""
-
-    vae: AutoencoderKLWan
-
-    @property
-    def mean_and_std(self) -> tuple[Tensor, Tensor]:
-        mean, std = self.vae.config.latents_mean, self.vae.config.latents_std
-        return torch.tensor(mean).view(1, -1, 1, 1, 1), torch.tensor(std).view(1, -1, 1, 1, 1)
-
-    def encode(self, pixels: Tensor) -> Tensor:
-        """[1, 3, S, H, W] -> [1, C, T, h, w]."""
-        mean, std = self.mean_and_std
-        return (self.vae.encode(pixels).latent_dist.mode() - mean) / std
-
-    def encode_alone(self, pixels: Tensor) -> Tensor:
-        """[1, 3, S, H, W] -> [1, C, S, h, w], each frame as a video of its own."""
-        return torch.cat([self.encode(frame) for frame in pixels.split(1, dim=2)], dim=2)
-
-    def decode(self, latents: Tensor) -> Tensor:
-        """[1, C, T, h, w] -> [1, 3, S, H, W]."""
-        mean, std = self.mean_and_std
-        return self.vae.decode(latents * std + mean).sample
-
-
 @pytest.fixture(autouse=True)
 def _without_gradients() -> Iterator[None]:
     with torch.no_grad():
@@ -130,7 +105,18 @@ def transformer() -> EverAnimateTransformer3DModel:
 
 
 @pytest.fixture(scope="session")
-def codec() -> Codec:
+def codec() -> AnimatePipeline:
+    """The product's pipeline of the files' networks: encodes and decodes videos and pictures."""
     vae = AutoencoderKLWan(**load_config("vae_config"))
     vae.load_state_dict(load_golden("vae"), strict=True)
-    return Codec(vae=vae.eval().requires_grad_(False))
+    image_encoder = CLIPVisionModel(CLIPVisionConfig(**load_config("clip_config")))
+    image_encoder.load_state_dict(strip_prefix(load_golden("clip"), "weights."), strict=True)
+    return AnimatePipeline(
+        transformer=build_transformer(),
+        vae=vae.eval().requires_grad_(False),
+        text_encoder=None,
+        tokenizer=None,
+        image_encoder=image_encoder.eval().requires_grad_(False),
+        image_processor=None,
+        device=torch.device("cpu"),
+    )

@@ -6,9 +6,9 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from everanimate_cli.clip_image import CLIP_SIZE, clip_pixel_values, stretch_frame
+from everanimate_cli.pipeline import AnimatePipeline
 
 Golden = Callable[[str], dict[str, Tensor]]
 
@@ -21,17 +21,9 @@ def tensors(golden: Golden) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def encode(
-    tensors: dict[str, Tensor], config: Callable[[str], dict[str, object]]
-) -> Callable[[Tensor], Tensor]:
-    """Pixel values -> features."""
-    model = CLIPVisionModel(CLIPVisionConfig(**config("clip_config"))).eval()
-    weights = {
-        key.removeprefix("weights."): value
-        for key, value in tensors.items()
-        if key.startswith("weights.")
-    }
-    model.load_state_dict(weights, strict=True)
+def encode(codec: AnimatePipeline) -> Callable[[Tensor], Tensor]:
+    """Pixel values -> features, without the preprocessing."""
+    model = codec.image_encoder
     return lambda pixel_values: model(pixel_values, output_hidden_states=True).hidden_states[-2]
 
 

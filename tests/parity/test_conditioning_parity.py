@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,9 +16,7 @@ from everanimate_cli.memory import (
     from_uint8,
     pixel_condition_video,
 )
-
-if TYPE_CHECKING:
-    from conftest import Codec
+from everanimate_cli.pipeline import AnimatePipeline
 
 Golden = Callable[[str], dict[str, Tensor]]
 
@@ -28,19 +25,14 @@ TOLERANCE = 1e-5
 WRONG = 0.05
 
 
-def encode_image(codec: "Codec", image_u8: Tensor) -> Tensor:
-    """[H, W, 3] -> [1, C, 1, h, w]."""
-    return codec.encode(from_uint8(image_u8[None]))
-
-
 @pytest.fixture
 def tensors(golden: Golden) -> dict[str, Tensor]:
     return golden("conditioning")
 
 
 @pytest.fixture
-def reference(codec: "Codec", tensors: dict[str, Tensor]) -> Tensor:
-    return encode_image(codec, tensors["ref_image_u8"])
+def reference(codec: AnimatePipeline, tensors: dict[str, Tensor]) -> Tensor:
+    return codec.encode_pictures(tensors["ref_image_u8"][None].numpy())
 
 
 def count_motion_slots(variant: str) -> int:
@@ -54,7 +46,7 @@ def previous_latents(tensors: dict[str, Tensor], variant: str) -> Tensor:
 
 
 def test_condition(
-    codec: "Codec", tensors: dict[str, Tensor], reference: Tensor, condition_case: str
+    codec: AnimatePipeline, tensors: dict[str, Tensor], reference: Tensor, condition_case: str
 ) -> None:
     variant, part = condition_case.split(".")
     expected = tensors[f"{condition_case}.y"]
@@ -65,7 +57,7 @@ def test_condition(
         height, width = tensors["ref_image_u8"].shape[:2]
         stretched = stretch_frame(tensors["odd_size_image_u8"], height, width)
         torch.testing.assert_close(stretched, tensors["resized_image_u8"], rtol=0, atol=0)
-        reference = encode_image(codec, stretched)
+        reference = codec.encode_pictures(stretched[None].numpy())
     if part == "first":
         identity = assemble_identity(reference, num_identity_slots)
         # An option of the released code that is off by default: the reference as motion.
@@ -81,23 +73,26 @@ def test_condition(
 
 
 def test_training_condition(
-    codec: "Codec", tensors: dict[str, Tensor], reference: Tensor, training_condition_case: str
+    codec: AnimatePipeline,
+    tensors: dict[str, Tensor],
+    reference: Tensor,
+    training_condition_case: str,
 ) -> None:
     expected = tensors[f"{training_condition_case}.y"]
     expected_identity = tensors[f"{training_condition_case}.anchor_latents"][None]
     num_identity_slots = expected_identity.shape[2]
-    video = from_uint8(tensors["train.aux_video_u8"])
+    video_u8 = tensors["train.aux_video_u8"]
     anchor_indices = tensors.get(f"{training_condition_case}.anchor_frame_indices")
     if anchor_indices is None:
         identity = assemble_identity(reference, num_identity_slots)
     else:
         assert anchor_indices.tolist() == sorted(set(anchor_indices.tolist()))
-        identity = codec.encode_alone(video[:, :, anchor_indices])
+        identity = codec.encode_pictures(video_u8[anchor_indices].numpy())
     torch.testing.assert_close(identity, expected_identity, rtol=0, atol=TOLERANCE)
 
     motion = None
     if not training_condition_case.endswith(".first"):
-        motion = codec.encode(video)[:, :, -1:]
+        motion = codec.encode_video(from_uint8(video_u8))[:, :, -1:]
         last_latent = tensors["train.aux_last_latent"][None]
         torch.testing.assert_close(motion, last_latent, rtol=0, atol=TOLERANCE)
     condition = build_condition(identity, motion, expected.shape[2] - num_identity_slots)
@@ -105,7 +100,7 @@ def test_training_condition(
 
 
 def test_what_diffusers_puts_in_the_motion_slot_misses(
-    codec: "Codec", tensors: dict[str, Tensor], condition_case: str
+    codec: AnimatePipeline, tensors: dict[str, Tensor], condition_case: str
 ) -> None:
     """A mask of 1 on carried frames, and the code of a grey video instead of zero latents."""
     expected = tensors[f"{condition_case}.y"]
@@ -117,7 +112,7 @@ def test_what_diffusers_puts_in_the_motion_slot_misses(
 
     height, width = tensors["ref_image_u8"].shape[:2]
     grey_video = pixel_condition_video(None, 4 * num_target_slots - 3, height, width)
-    grey = codec.encode(grey_video)
+    grey = codec.encode_video(grey_video)
     identity = expected[:, NUM_MASK_CHANNELS:, :1]
     masked = build_pixel_condition(identity, grey, num_carried_frames=1)
     wrong_mask = masked[:, :NUM_MASK_CHANNELS, 1:]
@@ -126,15 +121,15 @@ def test_what_diffusers_puts_in_the_motion_slot_misses(
     assert (wrong_rest - first_target[:, NUM_MASK_CHANNELS:, -1]).abs().max() > WRONG
 
 
-def test_images_are_encoded_untiled(codec: "Codec", tensors: dict[str, Tensor]) -> None:
-    latents = encode_image(codec, tensors["tiled.image_u8"])[0]
+def test_images_are_encoded_untiled(codec: AnimatePipeline, tensors: dict[str, Tensor]) -> None:
+    latents = codec.encode_pictures(tensors["tiled.image_u8"][None].numpy())[0]
     torch.testing.assert_close(latents, tensors["tiled.latent_untiled"], rtol=0, atol=TOLERANCE)
 
     tiled = tensors["tiled.latent_tiled"]
     assert (latents - tiled).abs().max() > WRONG
     codec.vae.enable_tiling()
     try:
-        tiled_by_diffusers = encode_image(codec, tensors["tiled.image_u8"])[0]
+        tiled_by_diffusers = codec.encode_pictures(tensors["tiled.image_u8"][None].numpy())[0]
     finally:
         codec.vae.disable_tiling()
     assert (tiled_by_diffusers - tiled).abs().max() > WRONG

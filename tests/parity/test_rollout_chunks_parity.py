@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
@@ -17,12 +16,10 @@ from everanimate_cli.memory import (
     from_uint8,
     to_uint8,
 )
+from everanimate_cli.pipeline import AnimatePipeline
 from everanimate_cli.schedule import euler_step, model_timestep, shifted_sigmas
 from everanimate_cli.settings import TEMPORAL_STRIDE
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
-
-if TYPE_CHECKING:
-    from conftest import Codec
 
 Golden = Callable[[str], dict[str, Tensor]]
 Config = Callable[[str], dict[str, object]]
@@ -139,13 +136,13 @@ def test_noise(chunk: dict[str, Tensor], chunk_index: int) -> None:
 
 
 def test_pose_latents(
-    codec: "Codec", rollout: Rollout, chunk: dict[str, Tensor], chunk_index: int
+    codec: AnimatePipeline, rollout: Rollout, chunk: dict[str, Tensor], chunk_index: int
 ) -> None:
-    pose_latents = codec.encode(rollout.video("pose_video_u8", rollout.driving(chunk_index)))
+    pose_latents = codec.encode_video(rollout.video("pose_video_u8", rollout.driving(chunk_index)))
     assert_near(pose_latents, chunk["pose_latents"], CODEC_TOLERANCE)
 
 
-def test_anchors(codec: "Codec", rollout: Rollout) -> None:
+def test_anchors(codec: AnimatePipeline, rollout: Rollout) -> None:
     tensors = rollout.tensors
     indices = tensors["anchor_frame_indices"].tolist()
     frames_per_chunk = rollout.plan.frames_per_chunk
@@ -154,12 +151,12 @@ def test_anchors(codec: "Codec", rollout: Rollout) -> None:
     drawn = legacy.choice(np.arange(1, frames_per_chunk), num_drawn, replace=False)
     assert indices == sorted(drawn.tolist())
 
-    reference = codec.encode(from_uint8(tensors["ref_image_u8"][None]))
+    reference = codec.encode_pictures(tensors["ref_image_u8"][None].numpy())
     assert_near(reference, tensors["user_anchor_latent"][None], CODEC_TOLERANCE)
     identity = assemble_identity(
         reference,
         rollout.num_identity_slots,
-        drawn=codec.encode_alone(rollout.video("output_frames_u8", indices)),
+        drawn=codec.encode_pictures(tensors["output_frames_u8"][indices].numpy()),
     )
     assert_near(identity, tensors["anchors_after_clip0"][None], CODEC_TOLERANCE)
 
@@ -222,13 +219,13 @@ def test_sampled_latents_with_bfloat16_timesteps(
 
 
 def test_decoded_frames(
-    codec: "Codec", rollout: Rollout, chunk: dict[str, Tensor], chunk_index: int
+    codec: AnimatePipeline, rollout: Rollout, chunk: dict[str, Tensor], chunk_index: int
 ) -> None:
     pixels = codec.decode(chunk["decoded_latents"])
-    assert_near(pixels[0, :, -1:], chunk["last_frame_float"], CODEC_TOLERANCE)
+    assert_near(pixels[:, -1:], chunk["last_frame_float"], CODEC_TOLERANCE)
     if "decoded_pixels" in chunk:
-        assert_near(pixels, chunk["decoded_pixels"], CODEC_TOLERANCE)
-    frames_u8 = to_uint8(pixels[0])
+        assert_near(pixels[None], chunk["decoded_pixels"], CODEC_TOLERANCE)
+    frames_u8 = to_uint8(pixels)
     kept = rollout.plan.kept_frames(chunk_index)
     start = rollout.plan.first_frame(chunk_index)
     output = rollout.tensors["output_frames_u8"][start + kept.start : start + kept.stop]

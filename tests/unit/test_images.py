@@ -19,6 +19,7 @@ from everanimate_cli.images import (
     read_image,
     write_png,
 )
+from everanimate_cli.settings import Fit
 
 GOLDEN = json.loads(
     (Path(__file__).parents[1] / "golden" / "canvas_sizes.json").read_text(encoding="utf-8")
@@ -132,7 +133,7 @@ def test_what_is_no_picture_is_refused_in_one_line(tmp_path: Path) -> None:
     torn = tmp_path / "torn.png"
     torn.write_bytes(whole.read_bytes()[:-100])
     assert message(torn) == (
-        f"{torn} cannot be read as a picture: image file is truncated (0 bytes not processed). "
+        f"{torn} cannot be read as a picture: image file is truncated. "
         "Give a PNG, JPEG or WebP file."
     )
     floating = tmp_path / "floating.tif"
@@ -285,9 +286,9 @@ def test_stretch_uses_the_whole_frame() -> None:
 
 
 @pytest.mark.parametrize("fit", ["contain", "cover", "stretch"])
-def test_a_frame_that_fits_is_not_touched(fit: str) -> None:
+def test_a_frame_that_fits_is_not_touched(fit: Fit) -> None:
     frame = moving_frames(1)[0]
-    assert fit_frame(frame, 32, 48, fit) is frame  # type: ignore[arg-type]
+    assert fit_frame(frame, 32, 48, fit) is frame
 
 
 def test_shrinking_averages_and_enlarging_interpolates() -> None:

@@ -162,11 +162,9 @@ def test_whole_differences_and_convolutions(tmp_path: Path) -> None:
 
 
 def test_sum_is_formed_in_float32(tmp_path: Path) -> None:
-    """In bfloat16 every one of the 64 products would be lost beside the partial sum of 256."""
-    rank = 65
-    down = torch.ones(rank, SIZE[1], dtype=torch.bfloat16)
-    up = torch.ones(SIZE[0], rank, dtype=torch.bfloat16)
-    up[:, 0] = 256
+    """In bfloat16 the product 256 + 1 would be 256, and nothing would remain beside -256."""
+    down = torch.ones(RANK, SIZE[1], dtype=torch.bfloat16)
+    up = torch.tensor([[256.0, 1.0]], dtype=torch.bfloat16).expand(SIZE[0], -1).contiguous()
     save_file(
         {"head.head.lora_A.weight": down, "head.head.lora_B.weight": up},
         tmp_path / "lora.safetensors",
@@ -176,7 +174,7 @@ def test_sum_is_formed_in_float32(tmp_path: Path) -> None:
     fuse_lora(network, tmp_path / "lora.safetensors")
     weight = network.get_parameter("proj_out.weight")
     assert weight.dtype == torch.bfloat16
-    assert (weight == 64).all()
+    assert (weight == 1).all()
 
 
 def test_loaded_for_training_under_diffusers_names(tmp_path: Path) -> None:

@@ -139,6 +139,12 @@ def nothing() -> None:
         ),
         (
             nothing,
+            {"lora": (LoraSpec("owner/name/ckpts/a.pt@v1"),)},
+            InputError,
+            f"--lora owner/name/ckpts/a.pt@v1 is not a .safetensors file. {LORA_ADVICE}",
+        ),
+        (
+            nothing,
             {"output": Path("out/anna.mp4")},
             InputError,
             "--output out/anna.mp4 cannot be written: the folder out does not exist. "
@@ -214,6 +220,8 @@ def test_a_folder_without_write_permission_is_refused(monkeypatch: pytest.Monkey
         {},
         {"model": "toy"},
         {"model": "owner/name"},
+        {"model": "owner/name@v1.0"},
+        {"lora": (LoraSpec("owner/name/a.safetensors@v1.0", 0.5),)},
         {"model": "checkpoint"},
         {"lora": (LoraSpec("owner/name/loras/a.safetensors"), LoraSpec("owner/name"))},
         {"lora": (LoraSpec("checkpoint/a.safetensors", 0.5),)},

@@ -274,8 +274,11 @@ def test_lora_with_and_without_a_scale(text: str, source: str, scale: float) -> 
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
-        (HUB_MODEL, (HUB_MODEL, "")),
-        ("owner/name/ckpts/a.safetensors", ("owner/name", "ckpts/a.safetensors")),
+        (HUB_MODEL, (HUB_MODEL, "", None)),
+        ("owner/name@v1.0", ("owner/name", "", "v1.0")),
+        ("owner/name/ckpts/a.safetensors", ("owner/name", "ckpts/a.safetensors", None)),
+        ("owner/name/a b.safetensors@refs/pr/4", ("owner/name", "a b.safetensors", "refs/pr/4")),
+        ("owner/name/", ("owner/name", "", None)),
         ("name", None),
         ("./owner/name", None),
         ("../name", None),
@@ -283,9 +286,11 @@ def test_lora_with_and_without_a_scale(text: str, source: str, scale: float) -> 
         ("/srv/models", None),
         ("owner/", None),
         ("owner/my name", None),
+        ("owner/name@", None),
+        ("owner@v1/name", None),
     ],
 )
-def test_hub_ids(text: str, parts: tuple[str, str] | None) -> None:
+def test_hub_ids(text: str, parts: tuple[str, str, str | None] | None) -> None:
     assert split_hub_id(text) == parts
 
 

@@ -1,0 +1,518 @@
+"""`everanimate animate`: from pictures and driving videos to one finished file."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import platform
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from everanimate_cli import weights
+from everanimate_cli.chunks import ChunkPlan, driving_indices
+from everanimate_cli.errors import InputError, MediaError, SettingsError
+from everanimate_cli.events import ChunkDone, ChunkStarted, Note, OnEvent, StepDone
+from everanimate_cli.images import atomic_path, fit_frame, fit_size, read_image, write_png
+from everanimate_cli.memory import chunk_noise, count_drawn_frames, draw_anchor_indices
+from everanimate_cli.resume import RunFolder, list_runs, open_run
+from everanimate_cli.rollout import Rollout, Step
+from everanimate_cli.settings import (
+    AnimateSettings,
+    LoraSpec,
+    ResolvedSettings,
+    resolve,
+    run_folder,
+)
+from everanimate_cli.video import AudioSource, VideoReader, VideoWriter, join_videos, probe_video
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from everanimate_cli.pipeline import AnimatePipeline
+
+    Frames = NDArray[np.uint8]
+
+# Options that change neither a frame nor a byte of the encoded chunks, and the length, which may change between runs.
+_FREE_OPTIONS = ("minutes", "seconds", "frames", "output", "device", "audio", "png")
+_MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnimateResult:
+    """What a run made, or with `dry_run` what it would make.
+
+    Attributes:
+        output: The video.
+        facts: JSON values: length, size, chunks, timings, the settings file.
+    """
+
+    output: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as one flat JSON object."""
+        return {"output": str(self.output), **self.facts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Inputs:
+    """The pictures and videos of a run, opened and checked.
+
+    Attributes:
+        picture_u8: [*, *, 3] reference as it is in the file.
+        reference_u8: [H, W, 3] reference at the size of the video.
+        views_u8: [H, W, 3] each.
+        pose: Pose frames at the output rate and size.
+        face: Face crops at the output rate.
+        audio: Where the sound is; None if there is none or none is wanted.
+        hashes: What -> sha256 of the file.
+    """
+
+    picture_u8: Frames
+    reference_u8: Frames
+    views_u8: Sequence[Frames]
+    pose: VideoReader
+    face: VideoReader
+    audio: AudioSource | None
+    hashes: dict[str, str]
+
+
+def animate(settings: AnimateSettings, on_event: OnEvent) -> AnimateResult:
+    """Make the video that the settings ask for, or continue where an earlier run stopped.
+
+    Args:
+        settings: Checked options.
+        on_event: Told of every chunk and step, and of what is worth a line.
+
+    Returns:
+        The finished video and facts about it; with `settings.dry_run` the plan alone.
+
+    Raises:
+        EverAnimateError: If an input, option or checkpoint cannot be used; nothing is written then.
+        OSError: If the disk is full; the run folder stays and the same command continues it.
+    """
+    started_s = time.monotonic()
+    source = weights.locate_model(settings.model, on_event)
+    resolved = resolve(settings, source.defaults)
+    loras = [(spec, weights.locate_lora(spec)) for spec in resolved.lora]
+    device = weights.choose_device(resolved.device)
+    dtype = weights.choose_dtype(resolved.dtype, device)
+    geometry = weights.read_geometry(source)
+    with ExitStack() as stack:
+        picture_u8 = read_image(resolved.ref)
+        height, width = _choose_size(resolved, picture_u8, source, geometry.size_multiple)
+        inputs = _open_inputs(
+            resolved, picture_u8, (height, width), geometry.face_size, stack, on_event
+        )
+        plan = ChunkPlan(
+            num_frames=resolved.requested_frames or len(inputs.pose),
+            frames_per_chunk=resolved.frames_per_chunk,
+            overlap=resolved.overlap,
+        )
+        driving_indices(plan, 0, len(inputs.pose), resolved.extend)  # refuses what is too short
+        facts = {
+            "frames": plan.num_frames,
+            "seconds": round(plan.num_frames / resolved.fps, 3),
+            "fps": resolved.fps,
+            "size": f"{width}x{height}",
+            "chunks": plan.num_chunks,
+            "frames_per_chunk": plan.frames_per_chunk,
+            "overlap": plan.overlap,
+            "steps": resolved.steps,
+            "driving_frames": len(inputs.pose),
+            "model": source.name,
+            "device": str(device),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        if resolved.dry_run:
+            estimate = _estimate_memory_mib(source, plan, resolved, (height, width), dtype)
+            return AnimateResult(output=resolved.output, facts=facts | estimate)
+
+        request = _request(resolved, source, loras, inputs, (height, width), facts)
+        _name_other_runs(resolved.output, on_event)
+        run = stack.enter_context(open_run(resolved.output, request, resume=resolved.resume))
+        num_finished = min(run.count_finished(), plan.num_chunks)
+        if num_finished:
+            on_event(Note(text=f"{num_finished} of {plan.num_chunks} chunks are done already"))
+        seed = resolved.seed
+        num_drawn = (
+            count_drawn_frames(resolved.identity_slots, len(inputs.views_u8))
+            if resolved.memory == "latent"
+            else 0
+        )
+        anchors = draw_anchor_indices(seed, plan.frames_per_chunk, num_drawn)
+        timings: dict[str, float] = {}
+        if num_finished < plan.num_chunks or not _all_encoded(run, plan):
+            pipeline = weights.load_pipeline(
+                source,
+                loras,
+                device,
+                dtype,
+                with_image_processor=resolved.memory == "pixel",
+            )
+            timings["load_s"] = time.monotonic() - started_s
+            rollout = _build_rollout(resolved, pipeline, inputs, plan, anchors)
+            _encode_again(run, rollout, plan, resolved, inputs, num_finished)
+            timings |= _generate(run, rollout, plan, resolved, inputs, num_finished, on_event)
+        segments = [run.segment_path(k, plan.kept_frames(k)) for k in range(plan.num_chunks)]
+        outcome = join_videos(segments, resolved.output, audio=inputs.audio)
+        timings["total_s"] = time.monotonic() - started_s
+        facts |= {
+            "audio": outcome,
+            "settings_file": str(settings_path(resolved.output)),
+            "timings": {name: round(value, 3) for name, value in timings.items()},
+        }
+        record = {
+            "settings": settings.to_json(),
+            "effective": resolved.to_json(),
+            "result": facts,
+            "request": request,
+            "anchor_frame_indices": anchors,
+            "platform": platform.platform(),
+        }
+        with atomic_path(settings_path(resolved.output)) as temporary:
+            text = json.dumps(record, ensure_ascii=False, indent=1)
+            temporary.write_text(text + "\n", encoding="utf-8")
+        if not resolved.keep_run:
+            run.remove()
+    return AnimateResult(output=resolved.output, facts=facts)
+
+
+def settings_path(output: Path) -> Path:
+    """Where the settings of a result are saved: its name with `.json`."""
+    return output.with_suffix(".json")
+
+
+# --- inputs ----------------------------------------------------------------------------------------------------------
+
+
+def _choose_size(
+    settings: ResolvedSettings,
+    picture_u8: Frames,
+    source: weights.ModelSource,
+    multiple: int,
+) -> tuple[int, int]:
+    """(height, width) of the video."""
+    asked = settings.height_width
+    if asked is None:
+        area = source.defaults.width * source.defaults.height
+        return fit_size(*picture_u8.shape[:2], area, multiple)
+    height, width = asked
+    if height % multiple or width % multiple:
+        below, above = (
+            f"{_to_multiple(width, multiple, up)}x{_to_multiple(height, multiple, up)}"
+            for up in (False, True)
+        )
+        raise SettingsError(
+            f"--size {width}x{height} is not a multiple of {multiple} on both sides. Give {below} or {above}."
+        )
+    return height, width
+
+
+def _to_multiple(value: int, multiple: int, up: bool) -> int:
+    return max(multiple, (value + (multiple - 1 if up else 0)) // multiple * multiple)
+
+
+def _open_inputs(
+    settings: ResolvedSettings,
+    picture_u8: Frames,
+    size: tuple[int, int],
+    face_size: int,
+    stack: ExitStack,
+    on_event: OnEvent,
+) -> _Inputs:
+    fit = functools.partial(fit_frame, height=size[0], width=size[1], fit=settings.fit)
+    squash = functools.partial(fit_frame, height=face_size, width=face_size, fit="stretch")
+    if settings.driving is not None:
+        pose_path, face_path = settings.driving / "pose.mp4", settings.driving / "face.mp4"
+    else:
+        assert settings.pose is not None  # checked on construction
+        assert settings.face is not None
+        pose_path, face_path = settings.pose, settings.face
+    counts = [probe_video(path).num_frames for path in (pose_path, face_path)]
+    if counts[0] != counts[1]:
+        raise MediaError(
+            f"{pose_path} has {counts[0]} frames and {face_path} has {counts[1]}. "
+            "Both must come from the same driving video."
+        )
+
+    def reader(path: Path, transform: functools.partial[Frames]) -> VideoReader:
+        return stack.enter_context(
+            VideoReader(
+                path,
+                rate=settings.fps,
+                start_s=settings.start,
+                end_s=settings.end,
+                transform=transform,
+            )
+        )
+
+    pose, face = reader(pose_path, fit), reader(face_path, squash)
+    if len(pose) != len(face):
+        raise MediaError(
+            f"{pose_path} lasts {len(pose) / settings.fps:.3f} s and {face_path} "
+            f"{len(face) / settings.fps:.3f} s. Both must come from the same driving video."
+        )
+    files = {"REF": settings.ref, "pose video": pose_path, "face video": face_path}
+    files |= {f"--view {index + 1}": path for index, path in enumerate(settings.view)}
+    return _Inputs(
+        picture_u8=picture_u8,
+        reference_u8=fit(picture_u8),
+        views_u8=[fit(read_image(path)) for path in settings.view],
+        pose=pose,
+        face=face,
+        audio=_find_audio(settings, pose_path, on_event) if settings.audio else None,
+        hashes={name: _sha256(path) for name, path in files.items()},
+    )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _find_audio(
+    settings: ResolvedSettings, pose_path: Path, on_event: OnEvent
+) -> AudioSource | None:
+    """The driving video's sound, or that of the pose video where there is no driving folder."""
+    if settings.driving is None:
+        return AudioSource(path=pose_path, start_s=settings.start)
+    record_path = settings.driving / "extract.json"
+    try:
+        record = json.loads(record_path.read_text(encoding="utf-8"))
+        name, digest = str(record["source"]), str(record["source_sha256"])
+        start_s = float(record.get("start_s", 0.0))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{record_path} cannot be read ({type(error).__name__}: {error}). Extract the pose again."
+        ) from error
+    # The name comes from a file: it is only used if it leads to the very video that was extracted.
+    path = settings.driving / name
+    if not path.is_file() or _sha256(path) != digest:
+        on_event(Note(text=f"no sound: {name}, the driving video, is gone or has changed"))
+        return None
+    return AudioSource(path=path, start_s=start_s + settings.start)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def _request(
+    settings: ResolvedSettings,
+    source: weights.ModelSource,
+    loras: Sequence[tuple[LoraSpec, Path]],
+    inputs: _Inputs,
+    size: tuple[int, int],
+    facts: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that shapes the encoded chunks; a run folder belongs to one such request.
+
+    Names with a space are no options. Where a file lies does not matter, what is in it does.
+    """
+    paths = ("ref", "driving", "pose", "face", "view", "lora", "model")
+    saved = settings.to_json()
+    request = {k: v for k, v in saved.items() if k not in (*_FREE_OPTIONS, *paths)}
+    request["size"] = f"{size[1]}x{size[0]}"
+    request["dtype"] = facts["dtype"]
+    request["device type"] = str(facts["device"]).partition(":")[0]
+    request["model weights"] = weights.checkpoint_hash(source)
+    request |= {f"{name} sha256": digest for name, digest in inputs.hashes.items()}
+    request |= {
+        f"--lora {index + 1} sha256": f"{_sha256(path)} at {spec.scale:g}"
+        for index, (spec, path) in enumerate(loras)
+    }
+    names = ("everanimate", "torch", "diffusers", "av")
+    return request | {f"{name} version": version(name) for name in names}
+
+
+def _name_other_runs(output: Path, on_event: OnEvent) -> None:
+    for path, count, age_s in list_runs(output.parent):
+        if path != run_folder(output):
+            on_event(
+                Note(
+                    text=f"{path} is an unfinished run: {count} chunks, {age_s / 3600:.1f} h old. "
+                    "Its own command continues it; 'everanimate runs --remove' deletes it."
+                )
+            )
+
+
+def _all_encoded(run: RunFolder, plan: ChunkPlan) -> bool:
+    return all(run.segment_path(k, plan.kept_frames(k)).exists() for k in range(plan.num_chunks))
+
+
+def _build_rollout(
+    settings: ResolvedSettings,
+    pipeline: AnimatePipeline,
+    inputs: _Inputs,
+    plan: ChunkPlan,
+    anchors: Sequence[int],
+) -> Rollout:
+    def read_driving(chunk_index: int) -> tuple[Frames, Frames]:
+        indices = driving_indices(plan, chunk_index, len(inputs.pose), settings.extend)
+        return inputs.pose.read(indices), inputs.face.read(indices)
+
+    prompt_embeds = pipeline.encode_prompt(settings.prompt)
+    negative_prompt_embeds = None
+    if settings.guidance_scale != 1:
+        negative_prompt_embeds = pipeline.encode_prompt(settings.negative_prompt)
+    pipeline.release_text_encoder()
+    rollout = Rollout(
+        pipeline=pipeline,
+        reference_u8=inputs.reference_u8,
+        picture_u8=inputs.picture_u8,
+        views_u8=inputs.views_u8,
+        read_driving=read_driving,
+        noise=lambda chunk_index: chunk_noise(settings.seed, chunk_index, rollout.noise_shape),
+        anchor_frame_indices=anchors,
+        prompt_embeds=prompt_embeds,
+        negative_prompt_embeds=negative_prompt_embeds,
+        num_chunks=plan.num_chunks,
+        frames_per_chunk=plan.frames_per_chunk,
+        overlap=plan.overlap,
+        num_identity_slots=settings.identity_slots,
+        num_inference_steps=settings.steps,
+        shift=settings.shift,
+        guidance_scale=settings.guidance_scale,
+        memory=settings.memory,
+        clip_image=settings.clip_image,
+    )
+    return rollout
+
+
+def _encode_again(
+    run: RunFolder,
+    rollout: Rollout,
+    plan: ChunkPlan,
+    settings: ResolvedSettings,
+    inputs: _Inputs,
+    num_finished: int,
+) -> None:
+    """Encode finished chunks whose kept frames changed with the length, from their latents."""
+    for chunk_index in range(num_finished):
+        if run.segment_path(chunk_index, plan.kept_frames(chunk_index)).exists():
+            continue
+        latents, _ = run.load(chunk_index)
+        frames_u8 = rollout.decode_frames(latents)
+        _write_segment(run, chunk_index, frames_u8, plan, settings, inputs)
+
+
+def _generate(
+    run: RunFolder,
+    rollout: Rollout,
+    plan: ChunkPlan,
+    settings: ResolvedSettings,
+    inputs: _Inputs,
+    num_finished: int,
+    on_event: OnEvent,
+) -> dict[str, float]:
+    """Run the chunk loop from the first unfinished chunk on; every chunk is safe before the next."""
+    state = run.load(num_finished - 1)[1] if num_finished else None
+    timings = {"chunks_s": 0.0, "encode_s": 0.0}
+    if num_finished == plan.num_chunks:
+        return timings
+    steps = settings.steps
+    on_event(
+        ChunkStarted(chunk_index=num_finished, num_chunks=plan.num_chunks, num_steps=steps)
+    )
+    started_s = time.monotonic()
+    for made in rollout.run(state):
+        if isinstance(made, Step):
+            on_event(StepDone(step_index=made.step_index))
+            continue
+        encode_started_s = time.monotonic()
+        _write_segment(run, made.chunk_index, made.frames_u8, plan, settings, inputs)
+        run.save(made)
+        now_s = time.monotonic()
+        timings["encode_s"] += now_s - encode_started_s
+        timings["chunks_s"] += now_s - started_s
+        on_event(
+            ChunkDone(
+                chunk_index=made.chunk_index,
+                num_frames=len(plan.kept_frames(made.chunk_index)),
+                seconds=now_s - started_s,
+                peak_memory_mib=_peak_memory_mib(rollout.pipeline.device),
+            )
+        )
+        started_s = now_s
+        if made.chunk_index + 1 < plan.num_chunks:
+            following = made.chunk_index + 1
+            on_event(
+                ChunkStarted(chunk_index=following, num_chunks=plan.num_chunks, num_steps=steps)
+            )
+    timings["peak_memory_mib"] = _peak_memory_mib(rollout.pipeline.device) or 0.0
+    return timings
+
+
+def _write_segment(
+    run: RunFolder,
+    chunk_index: int,
+    frames_u8: Frames,
+    plan: ChunkPlan,
+    settings: ResolvedSettings,
+    inputs: _Inputs,
+) -> None:
+    """Encode the kept frames of a chunk into the run folder, and as PNG where asked for."""
+    kept = plan.kept_frames(chunk_index)
+    frames_u8 = frames_u8[kept.start : kept.stop]
+    first = plan.first_frame(chunk_index) + kept.start
+    if settings.png is not None:
+        settings.png.mkdir(exist_ok=True)
+        for offset, frame_u8 in enumerate(frames_u8):
+            write_png(settings.png / f"{first + offset:06d}.png", frame_u8)
+    if settings.pose_beside:
+        indices = driving_indices(plan, chunk_index, len(inputs.pose), settings.extend)
+        pose_u8 = inputs.pose.read(indices[kept.start : kept.stop])
+        frames_u8 = np.concatenate([frames_u8, pose_u8], axis=2)
+    with VideoWriter(
+        run.segment_path(chunk_index, kept),
+        height=frames_u8.shape[1],
+        width=frames_u8.shape[2],
+        rate=settings.fps,
+        codec=settings.codec,
+        crf=settings.crf,
+    ) as writer:
+        writer.write(frames_u8)
+
+
+def _peak_memory_mib(device: torch.device) -> float | None:
+    """Most memory used so far: of the card, or else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MIB
+    try:
+        import resource  # noqa: PLC0415  # absent on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (_MIB if platform.system() == "Darwin" else 1024)
+
+
+def _estimate_memory_mib(
+    source: weights.ModelSource,
+    plan: ChunkPlan,
+    settings: ResolvedSettings,
+    size: tuple[int, int],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """Weights, counted exactly, and the largest working set of one chunk, estimated."""
+    parts = weights.weights_mib(source, dtype)
+    working = weights.read_geometry(source).working_set_mib(
+        *size,
+        frames_per_chunk=plan.frames_per_chunk,
+        num_identity_slots=settings.identity_slots,
+        dtype=dtype,
+    )
+    total = sum(parts.values()) + working
+    return {
+        "weights_mib": {name: round(value, 1) for name, value in parts.items()},
+        "estimated_memory_mib": round(total),
+    }

@@ -1,0 +1,928 @@
+"""Find a checkpoint and its LoRAs, check them by their headers, load them.
+
+What can be refused is refused before any weight is read: names and shapes come from the headers
+of the safetensors files and are compared with networks built on the meta device. Pickles are
+never opened and no code from a checkpoint is run.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import re
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import huggingface_hub
+import torch
+from diffusers import AutoencoderKLWan
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import constants as hub_constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    IncompleteSnapshotError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
+from huggingface_hub.utils import logging as hub_logging
+from huggingface_hub.utils import tqdm as hub_tqdm  # type: ignore[attr-defined]
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers import (
+    AutoTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from everanimate_cli.errors import SettingsError, WeightsError
+from everanimate_cli.events import Note, OnEvent
+from everanimate_cli.lora import fuse_lora, plan_lora, read_tensor_shapes
+from everanimate_cli.pipeline import AnimatePipeline
+from everanimate_cli.preflight import check_lora, check_model
+from everanimate_cli.settings import (
+    HUB_MODEL,
+    TEMPORAL_STRIDE,
+    TOY_MODEL,
+    Device,
+    Dtype,
+    HubId,
+    LoraSpec,
+    ModelDefaults,
+    read_model_defaults,
+    split_hub_id,
+)
+from everanimate_cli.transformer import EverAnimateTransformer3DModel
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from huggingface_hub import ModelInfo
+    from torch import nn
+    from transformers import CLIPImageProcessor
+
+TOY_FOLDER = Path(__file__).parent / "toy_model"
+
+# What a Hub id without "@revision" means; others mean "main". The commits of the released files
+# could not be looked up where this was written. The branch is resolved once: from then on the
+# local cache answers, and the commit is recorded with every result.
+HUB_REVISIONS = {HUB_MODEL: "main", "epfl-vita/everanimate": "main"}
+# The released base as diffusers' conversion script writes it: 17.275 B parameters of the
+# transformer in float32, text and image encoder in bfloat16, VAE in float32.
+_HUB_MODEL_GB = 82
+
+_HUB_TIMEOUT_S = 10.0
+# What huggingface_hub lets through from its HTTP library: httpx, from version 2 on httpx2.
+_HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
+
+_SAMPLE_BYTES = 65536
+_NUM_SAMPLES = 16
+_NUM_REPORTS = 10  # of one download
+_NUM_LISTED = 3  # names that an error message lists before it counts the rest
+_MIB = 2**20
+
+_Loaded = TypeVar("_Loaded")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Kind:
+    """What one network of a checkpoint must be.
+
+    Attributes:
+        network_class: What it is loaded as.
+        described_as: Class names that its `config.json` may carry.
+        stem: Name of its weight files.
+        may_be_extra: Names of tensors that a file may hold beyond the network's.
+        dtype_option: How its library calls the dtype to load in.
+        config_class: Turns `config.json` into what the class is built from; None for diffusers.
+    """
+
+    network_class: Any
+    described_as: tuple[str, ...]
+    stem: str = "diffusion_pytorch_model"
+    may_be_extra: str = r"(?!)"
+    dtype_option: str = "torch_dtype"
+    config_class: Any = None
+
+
+_KINDS = {
+    "transformer": _Kind(
+        network_class=EverAnimateTransformer3DModel,
+        described_as=("WanAnimateTransformer3DModel", "EverAnimateTransformer3DModel"),
+        may_be_extra=r"norm_added_q\.",  # in the original code too nothing uses it
+    ),
+    "vae": _Kind(network_class=AutoencoderKLWan, described_as=("AutoencoderKLWan",)),
+    "text_encoder": _Kind(
+        network_class=UMT5EncoderModel,
+        described_as=("UMT5EncoderModel",),
+        stem="model",
+        dtype_option="dtype",
+        config_class=UMT5Config,
+    ),
+    "image_encoder": _Kind(
+        network_class=CLIPVisionModel,
+        described_as=("CLIPVisionModel", "CLIPVisionModelWithProjection"),
+        stem="model",
+        may_be_extra=r"^visual_projection\.|\.position_ids$",
+        dtype_option="dtype",
+        config_class=CLIPVisionConfig,
+    ),
+}
+_TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
+_CHECKPOINT_PATTERNS = [
+    "model_index.json",
+    "everanimate.json",
+    "scheduler/*.json",
+    "image_processor/*.json",
+    *(f"{name}/*{suffix}" for name in _KINDS for suffix in (".json", ".safetensors")),
+    *(f"tokenizer/*{suffix}" for suffix in _TOKENIZER_SUFFIXES),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSource:
+    """A checkpoint that is on this machine.
+
+    Attributes:
+        folder: In diffusers layout.
+        defaults: What the model was trained for.
+        name: As given with `--model`.
+        revision: Commit on the Hub; None for a folder and the embedded model.
+    """
+
+    folder: Path
+    defaults: ModelDefaults
+    name: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """Sizes of a checkpoint's networks that a plan needs before they are loaded.
+
+    Attributes:
+        size_multiple: What width and height of a video must be multiples of, in pixels.
+        face_size: Side of the face crops, in pixels.
+        inner_dim: Channels of a token in the transformer.
+        ffn_dim: Channels inside its feed-forward layers.
+        decoder_channels: Of the VAE at full resolution.
+    """
+
+    size_multiple: int
+    face_size: int
+    inner_dim: int
+    ffn_dim: int
+    decoder_channels: int
+
+    def working_set_mib(
+        self,
+        height: int,
+        width: int,
+        *,
+        frames_per_chunk: int,
+        num_identity_slots: int,
+        dtype: torch.dtype,
+    ) -> float:
+        """Most memory in MiB that one chunk takes beside the weights, estimated."""
+        return max(
+            self.step_mib(height, width, frames_per_chunk, num_identity_slots, dtype),
+            self.decode_mib(height, width, frames_per_chunk),
+        )
+
+    def step_mib(
+        self,
+        height: int,
+        width: int,
+        frames_per_chunk: int,
+        num_identity_slots: int,
+        dtype: torch.dtype,
+    ) -> float:
+        """Memory in MiB of one call of the transformer beside its weights, estimated.
+
+        The factor 3.3 is the peak of live tensors in that call per token and channel, counted
+        with fake tensors on the full-size network in bfloat16 from 480p to 720p; 2.9 in float32.
+        """
+        num_slots = num_identity_slots + (frames_per_chunk - 1) // TEMPORAL_STRIDE + 1
+        num_tokens = num_slots * (height // self.size_multiple) * (width // self.size_multiple)
+        return 3.3 * num_tokens * (self.inner_dim + self.ffn_dim) * dtype.itemsize / _MIB
+
+    def decode_mib(self, height: int, width: int, frames_per_chunk: int) -> float:
+        """Memory in MiB of decoding a chunk in float32, which is above encoding it; estimated.
+
+        One latent frame is decoded at a time. The factor 51 is the peak of live tensors, counted
+        as in `step_mib`, in units of one picture with the decoder's last channels.
+        """
+        picture_bytes = height * width * self.decoder_channels * 4
+        video_bytes = frames_per_chunk * height * width * 3 * 4
+        return (51 * picture_bytes + video_bytes) / _MIB
+
+
+# --- find ----------------------------------------------------------------------------------------
+
+
+def locate_model(model: str, on_event: OnEvent) -> ModelSource:
+    """Find a checkpoint, downloading it if it is on the Hub and not yet in the local cache.
+
+    A repository in the cache is used as it is, without a question to the Hub, so that a result can
+    be made again; another `@revision` fetches another one.
+
+    Args:
+        model: "toy", a checkpoint folder or a Hub id `owner/name[@revision]`.
+        on_event: Told how far a download is.
+
+    Returns:
+        The folder with its defaults. Its weights are not checked yet, see `check_checkpoint`.
+
+    Raises:
+        SettingsError: If the name fits nothing.
+        WeightsError: If the checkpoint is nowhere to be had, or says nothing usable of itself.
+        OSError: If the disk is full.
+    """
+    check_model(model)
+    revision = None
+    hub_id = split_hub_id(model)
+    if model == TOY_MODEL:
+        folder = TOY_FOLDER
+        if not folder.is_dir():
+            raise WeightsError(
+                f"--model {model} is missing in this installation ({folder}). "
+                "Install everanimate again."
+            )
+    elif hub_id is None or Path(model).is_dir():
+        folder = Path(model)
+    else:
+        folder = _fetch_model(model, hub_id, on_event)
+        revision = folder.name  # the cache names a snapshot after its commit
+    defaults = read_model_defaults(folder)
+    return ModelSource(folder=folder, defaults=defaults, name=model, revision=revision)
+
+
+def locate_lora(spec: LoraSpec, on_event: OnEvent | None = None) -> Path:
+    """Find a LoRA file, downloading it if it is on the Hub and not yet in the local cache.
+
+    Args:
+        spec: A .safetensors file or a Hub id `owner/name/path/to/file.safetensors[@revision]`.
+        on_event: Told how far a download is.
+
+    Returns:
+        The file; its keys are not checked yet.
+
+    Raises:
+        InputError: If the file does not exist.
+        WeightsError: If it is nowhere to be had; lists the repository's files if it names none.
+        OSError: If the disk is full.
+    """
+    check_lora(spec)
+    path = Path(spec.source)
+    hub_id = split_hub_id(spec.source)
+    if hub_id is None or path.exists():
+        return path
+    label = f"--lora {spec.source}"
+    _check_repository_name(label, hub_id)
+    revision = _default_revision(hub_id)
+    if hub_id.path:
+        try:
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    hub_id.repository, hub_id.path, revision=revision, local_files_only=True
+                )
+            )
+        except LocalEntryNotFoundError:
+            problem = f"is not in the cache ({hub_constants.HF_HUB_CACHE})"
+        purpose = "to download it"
+        way_out = "give a .safetensors file, or use --model toy, which works offline"
+    else:
+        problem, purpose = "names no file", "to see its files"
+        way_out = f"or give {hub_id.repository}/PATH/TO/FILE.safetensors"
+    info = _ask_hub(label, hub_id, problem, purpose, way_out)
+    names = [file.rfilename for file in info.siblings or ()]
+    names = [name for name in names if name.endswith(".safetensors")]
+    if hub_id.path not in names:
+        problem = f"has no {hub_id.path}" if hub_id.path else "names no file"
+        known = ", ".join(f"{hub_id.repository}/{name}" for name in names)
+        raise WeightsError(f"{label} {problem}. Known: {known or 'no .safetensors file'}.")
+    progress = _announce_download(spec.source, info, [hub_id.path], on_event)
+    return _download(
+        label,
+        lambda: huggingface_hub.hf_hub_download(
+            hub_id.repository, hub_id.path, revision=revision, tqdm_class=progress
+        ),
+    )
+
+
+def _check_repository_name(label: str, hub_id: HubId) -> None:
+    try:
+        validate_repo_id(hub_id.repository)
+    except HFValidationError as error:
+        raise SettingsError(f"{label} is not a valid name of a Hub repository.") from error
+
+
+def _default_revision(hub_id: HubId) -> str:
+    return hub_id.revision or HUB_REVISIONS.get(hub_id.repository, "main")
+
+
+def _fetch_model(model: str, hub_id: HubId, on_event: OnEvent) -> Path:
+    """Folder of a repository in the local cache, downloaded before if need be."""
+    label = f"--model {model}"
+    _check_repository_name(label, hub_id)
+    revision = _default_revision(hub_id)
+    state = "is not"
+    try:
+        folder = Path(
+            huggingface_hub.snapshot_download(
+                hub_id.repository,
+                revision=revision,
+                allow_patterns=_CHECKPOINT_PATTERNS,
+                local_files_only=True,
+            )
+        )
+        _check_files(label, folder)
+    except (IncompleteSnapshotError, WeightsError):
+        # Only newer versions of the cache remember which files belong to a snapshot.
+        state = "is only partly"
+    except LocalEntryNotFoundError:
+        pass
+    else:
+        return folder
+    problem = f"{state} in the cache ({hub_constants.HF_HUB_CACHE})"
+    size = f" (about {_HUB_MODEL_GB} GB)" if hub_id.repository == HUB_MODEL else ""
+    way_out = "give a checkpoint folder, or use --model toy, which works offline"
+    info = _ask_hub(label, hub_id, problem, f"to download it{size}", way_out)
+    names = [file.rfilename for file in info.siblings or ()]
+    if "transformer/config.json" not in names:
+        raise WeightsError(
+            f"{label} has no transformer/config.json. Give a repository in diffusers layout."
+        )
+    needed = [
+        name for name in names if any(fnmatch(name, pattern) for pattern in _CHECKPOINT_PATTERNS)
+    ]
+    progress = _announce_download(model, info, needed, on_event)
+    return _download(
+        label,
+        lambda: huggingface_hub.snapshot_download(
+            hub_id.repository,
+            revision=revision,
+            allow_patterns=_CHECKPOINT_PATTERNS,
+            tqdm_class=progress,
+        ),
+    )
+
+
+def _ask_hub(label: str, hub_id: HubId, problem: str, purpose: str, way_out: str) -> ModelInfo:
+    """What the Hub says about a repository: its commit, its files and their sizes.
+
+    One request with a time limit. Without a network the download functions themselves retry for
+    23 s, or wait for the system's own limit, and log every try.
+
+    Args:
+        label: Option and value.
+        hub_id: The repository.
+        problem: Why the Hub is asked.
+        purpose: What for.
+        way_out: What helps if it cannot be asked.
+    """
+    try:
+        return huggingface_hub.HfApi().model_info(
+            hub_id.repository,
+            revision=_default_revision(hub_id),
+            files_metadata=True,
+            timeout=_HUB_TIMEOUT_S,
+        )
+    except OfflineModeIsEnabled as error:
+        raise WeightsError(
+            f"{label} {problem} and HF_HUB_OFFLINE is set. Unset it {purpose}, {way_out}."
+        ) from error
+    except HfHubHTTPError as error:
+        raise _refusal(label, hub_id, error) from error
+    except (_HTTP_ERROR, OSError) as error:
+        raise WeightsError(
+            f"{label} {problem} and {hub_constants.ENDPOINT} cannot be reached. "
+            f"Connect to the network {purpose}, {way_out}."
+        ) from error
+
+
+def _refusal(label: str, hub_id: HubId, error: HfHubHTTPError) -> WeightsError:
+    """The Hub's answer in one line."""
+    endpoint = hub_constants.ENDPOINT
+    if isinstance(error, GatedRepoError):
+        return WeightsError(
+            f"{label} is gated. Ask for access at {endpoint}/{hub_id.repository}, "
+            "then log in with 'hf auth login'."
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return WeightsError(
+            f"{label} is not on {endpoint}, or is private. "
+            "Check the name, or log in with 'hf auth login'."
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return WeightsError(
+            f"{label} has no revision {_default_revision(hub_id)}. "
+            "Give a branch, a tag or a commit after '@'."
+        )
+    return WeightsError(
+        f"{label} cannot be downloaded: {endpoint} answered {error.response.status_code}. "
+        "Try again later."
+    )
+
+
+def _announce_download(
+    name: str, info: ModelInfo, needed: Iterable[str], on_event: OnEvent | None
+) -> type[hub_tqdm]:
+    """Tell what is about to be downloaded; the class returned tells how far it is."""
+    wanted = set(needed)
+    num_bytes = sum(
+        file.size or 0
+        for file in info.siblings or ()
+        if file.rfilename in wanted
+        and not isinstance(
+            huggingface_hub.try_to_load_from_cache(info.id, file.rfilename, revision=info.sha), str
+        )
+    )
+    report = on_event or (lambda _event: None)
+    report(Note(text=f"downloading {name}: {_gb(num_bytes)} GB to {hub_constants.HF_HUB_CACHE}"))
+    return _progress_class(num_bytes, report)
+
+
+def _progress_class(num_bytes: int, report: OnEvent) -> type[hub_tqdm]:
+    """A bar for huggingface_hub that draws nothing and reports every tenth of a download."""
+    num_told = 0
+
+    class QuietBar(hub_tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            self._num_done = 0.0
+            self._counts_bytes = kwargs.get("unit") == "B"  # another bar counts files
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal num_told
+            self._num_done += n or 0
+            num_reached = int(_NUM_REPORTS * self._num_done / max(num_bytes, 1))
+            if self._counts_bytes and num_told < num_reached < _NUM_REPORTS:
+                num_told = num_reached
+                report(Note(text=f"downloaded {_gb(self._num_done)} of {_gb(num_bytes)} GB"))
+            return cast("bool | None", super().update(n))
+
+    return QuietBar
+
+
+def _gb(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.2f}"
+
+
+def _download(label: str, start: Callable[[], str]) -> Path:
+    """Run a download; what goes wrong on the way becomes one line."""
+    try:
+        with _quiet_libraries():
+            return Path(start())
+    # hf_xet, which moves the large files, reports all trouble as RuntimeError.
+    except (_HTTP_ERROR, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise WeightsError(
+            f"{label}: the download broke off ({reason}). "
+            "Run the same command again; finished files are kept."
+        ) from error
+
+
+# --- check ---------------------------------------------------------------------------------------
+
+
+def check_checkpoint(source: ModelSource) -> None:
+    """Refuse a checkpoint that is incomplete or holds other networks, without reading a weight.
+
+    Raises:
+        WeightsError: If a folder, file or weight is missing, a weight is unknown or of another
+            shape than `config.json` says, a file is damaged or a pickle, or the networks belong to
+            different models.
+    """
+    for name in _KINDS:
+        _check_network(source, name)
+    _check_tokenizer(f"--model {source.name}", source.folder)
+    _check_fit(source)
+
+
+def count_parameters(source: ModelSource) -> dict[str, int]:
+    """Number of parameters by network, from the headers of the weight files.
+
+    Raises:
+        WeightsError: As `check_checkpoint`.
+    """
+    return {name: sum(map(math.prod, _check_network(source, name).values())) for name in _KINDS}
+
+
+def weights_mib(source: ModelSource, dtype: torch.dtype) -> dict[str, float]:
+    """Memory in MiB of the weights by network once they are loaded, from the headers alone.
+
+    Raises:
+        WeightsError: As `check_checkpoint`.
+    """
+    return {
+        name: sum(
+            math.prod(shape) * _dtype_in_memory(name, key, dtype).itemsize
+            for key, shape in _check_network(source, name).items()
+        )
+        / _MIB
+        for name in _KINDS
+    }
+
+
+def read_geometry(source: ModelSource) -> Geometry:
+    """Sizes of the networks, from their `config.json`.
+
+    Raises:
+        WeightsError: If a config is missing or describes another network.
+    """
+    transformer, vae = _full_config(source, "transformer"), _full_config(source, "vae")
+    return Geometry(
+        size_multiple=int(vae.scale_factor_spatial) * int(transformer.patch_size[-1]),
+        face_size=int(transformer.motion_encoder_size),
+        inner_dim=int(transformer.num_attention_heads) * int(transformer.attention_head_dim),
+        ffn_dim=int(transformer.ffn_dim),
+        decoder_channels=int(vae.decoder_base_dim or vae.base_dim),
+    )
+
+
+def checkpoint_hash(source: ModelSource) -> str:
+    """Fingerprint of a checkpoint that costs milliseconds whatever its size.
+
+    It covers the names and sizes of all files that are loaded, and 16 pieces of 64 KiB spread over
+    each: all of a file up to 1 MiB, and the header of any other. Training changes nearly every
+    weight and is seen; a change to a few weights of a large file may not be. It is no protection
+    against forgery.
+
+    Returns:
+        64 hexadecimal digits; the folder's place does not matter.
+    """
+    label = f"--model {source.name}"
+    paths = [path for name in _KINDS for path in _weight_files(label, source.folder, name)]
+    paths += [source.folder / name / "config.json" for name in _KINDS]
+    paths += _tokenizer_files(source.folder)
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(source.folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            for offset in range(0, size, max(_SAMPLE_BYTES, math.ceil(size / _NUM_SAMPLES))):
+                file.seek(offset)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _check_files(label: str, folder: Path) -> None:
+    """Refuse a folder in which a file is missing."""
+    for name in _KINDS:
+        _weight_files(label, folder, name)
+        _read_config(label, folder, name)
+    _check_tokenizer(label, folder)
+
+
+def _check_network(source: ModelSource, name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a network's weights by their name, once they are found to be complete."""
+    label = f"--model {source.name}"
+    expected = {
+        _one_name(key): tuple(tensor.shape)
+        for key, tensor in _build_empty(source, name).state_dict().items()
+    }
+    found: dict[str, tuple[int, ...]] = {}
+    for path in _weight_files(label, source.folder, name):
+        found |= {_one_name(key): shape for key, shape in read_tensor_shapes(path).items()}
+    _refuse_misfits(
+        label,
+        name,
+        missing=[key for key in expected if key not in found],
+        unexpected=[key for key in found if key not in expected],
+        reshaped=[
+            f"{key} is {list(found[key])}, not {list(shape)}"
+            for key, shape in expected.items()
+            if found.get(key, shape) != shape
+        ],
+    )
+    return expected
+
+
+def _one_name(key: str) -> str:
+    """One name for weights that transformers writes under two.
+
+    CLIP's prefix went away in transformers 5, and UMT5's embedding is one tensor in two places.
+    """
+    key = key.removeprefix("vision_model.")
+    return "shared.weight" if key == "encoder.embed_tokens.weight" else key
+
+
+def _refuse_misfits(
+    label: str,
+    name: str,
+    *,
+    missing: Iterable[str],
+    unexpected: Iterable[str],
+    reshaped: Iterable[str],
+) -> None:
+    extra = [key for key in unexpected if not re.search(_KINDS[name].may_be_extra, key)]
+    groups = ((missing, "missing"), (extra, "unexpected"), (reshaped, "of another shape"))
+    problems = [
+        f"{len(keys)} {problem} ({_list_first(keys)})"
+        for keys, problem in ((sorted(keys), problem) for keys, problem in groups)
+        if keys
+    ]
+    if problems:
+        raise WeightsError(
+            f"{label}: the weights in {name} are not those of its config.json: "
+            f"{', '.join(problems)}. Give a complete Wan2.2-Animate checkpoint."
+        )
+
+
+def _check_fit(source: ModelSource) -> None:
+    """Refuse networks of different models: each alone would load."""
+    transformer = _full_config(source, "transformer")
+    for name, key, wanted_key in (
+        ("vae", "z_dim", "latent_channels"),
+        ("text_encoder", "d_model", "text_dim"),
+        ("image_encoder", "hidden_size", "image_dim"),
+    ):
+        found = getattr(_full_config(source, name), key)
+        wanted = getattr(transformer, wanted_key)
+        if found != wanted:
+            raise WeightsError(
+                f"--model {source.name}: {name} has {key} {found}, but transformer has "
+                f"{wanted_key} {wanted}. Give networks of one model."
+            )
+
+
+def _read_config(label: str, folder: Path, name: str) -> dict[str, Any]:
+    """Content of a network's `config.json`, which names the right class."""
+    if not (folder / name).is_dir():
+        raise WeightsError(
+            f"{label} has no folder {name}. Give a complete checkpoint in diffusers layout."
+        )
+    path = folder / name / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        described = config.get("_class_name") or (config.get("architectures") or ["no network"])[0]
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, AttributeError) as error:
+        raise WeightsError(f"{path} cannot be read: it holds no JSON object.") from error
+    kind = _KINDS[name]
+    if described not in kind.described_as:
+        raise WeightsError(
+            f"{label}: {name}/config.json describes {described}, not {kind.described_as[0]}. "
+            "Give a Wan2.2-Animate checkpoint."
+        )
+    return cast("dict[str, Any]", config)
+
+
+def _build_empty(source: ModelSource, name: str) -> nn.Module:
+    """The network that `config.json` describes, without memory for its weights."""
+    kind = _KINDS[name]
+    label = f"--model {source.name}"
+    config = _read_config(label, source.folder, name)
+    try:
+        with _quiet_libraries(), torch.device("meta"):
+            if kind.config_class is None:
+                return kind.network_class.from_config(config)
+            return kind.network_class(kind.config_class.from_dict(config))
+    except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())
+        raise WeightsError(
+            f"{label}: no network can be built from {name}/config.json: {reason}"
+        ) from error
+
+
+def _full_config(source: ModelSource, name: str) -> Any:
+    """A network's config with the defaults of its class where `config.json` is silent."""
+    return _build_empty(source, name).config
+
+
+def _weight_files(label: str, folder: Path, name: str) -> list[Path]:
+    """The safetensors files of a network, all of which exist."""
+    stem = f"{_KINDS[name].stem}.safetensors"
+    index = folder / name / f"{stem}.index.json"
+    if not index.is_file():
+        if (folder / name / stem).is_file():
+            return [folder / name / stem]
+        pickles = [
+            path.name
+            for path in sorted((folder / name).glob("*"))
+            if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
+        ]
+        if pickles:
+            raise WeightsError(
+                f"{label}: {name} holds pickled weights only ({_list_first(pickles)}), which can "
+                "run code when they are opened. Convert them to safetensors."
+            )
+        raise WeightsError(
+            f"{label} has no {name}/{stem}. Give a complete checkpoint in diffusers layout."
+        )
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        paths = [folder / name / file_name for file_name in sorted(set(weight_map.values()))]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{index} cannot be read: it is no index of weights.") from error
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise WeightsError(
+            f"{label}: {name} lacks {len(missing)} of its {len(paths)} weight files "
+            f"({_list_first(missing)}). Download them."
+        )
+    return paths
+
+
+def _check_tokenizer(label: str, folder: Path) -> None:
+    names = ("tokenizer.json", "spiece.model")
+    if not any((folder / "tokenizer" / name).is_file() for name in names):
+        raise WeightsError(
+            f"{label} has no tokenizer/{names[0]}. Give a complete checkpoint in diffusers layout."
+        )
+
+
+def _tokenizer_files(folder: Path) -> list[Path]:
+    files = (folder / "tokenizer").iterdir()
+    return [path for path in files if path.suffix in _TOKENIZER_SUFFIXES]
+
+
+def _list_first(names: Sequence[str]) -> str:
+    listed = ", ".join(names[:_NUM_LISTED])
+    return f"first: {listed}" if len(names) > _NUM_LISTED else listed
+
+
+# --- load ----------------------------------------------------------------------------------------
+
+
+def choose_device(device: Device) -> torch.device:
+    """Where the networks run: "auto" takes CUDA, else Apple's MPS, else the CPU.
+
+    Raises:
+        SettingsError: If the device asked for is not there.
+    """
+    present = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if device == "auto":
+        return torch.device(next(name for name, is_present in present.items() if is_present))
+    if not present[device]:
+        known = ", ".join(name for name, is_present in present.items() if is_present)
+        raise SettingsError(
+            f"--device {device} is not available: torch {torch.__version__} finds {known}. "
+            f"Give one of these or auto, or install a torch build for {device}."
+        )
+    return torch.device(device)
+
+
+def choose_dtype(dtype: Dtype, device: torch.device) -> torch.dtype:
+    """Number format of the networks: "auto" is bfloat16 on CUDA and float32 elsewhere.
+
+    Never float16 by itself: the released weights were trained in bfloat16, whose range is larger.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    formats = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    return formats[dtype]
+
+
+def load_pipeline(
+    source: ModelSource,
+    loras: Sequence[tuple[LoraSpec, Path]],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    with_image_processor: bool = False,
+) -> AnimatePipeline:
+    """Load the networks of a checkpoint with LoRAs fused into the transformer.
+
+    Everything is checked before the first weight is read.
+
+    Args:
+        source: From `locate_model`.
+        loras: Added one after the other, each with its strength.
+        device: Where the networks go.
+        dtype: Of transformer, text and image encoder, except for the layers that diffusers keeps
+            in float32. The VAE is always float32.
+        with_image_processor: Also load CLIP's own preprocessing, which pixel memory needs.
+
+    Returns:
+        Networks in evaluation mode, without gradients.
+
+    Raises:
+        WeightsError: As `check_checkpoint`, and if a LoRA does not fit.
+    """
+    check_checkpoint(source)
+    shapes = _check_network(source, "transformer")
+    for _, path in loras:
+        plan_lora(path, shapes)
+    tokenizer = _load_part(
+        source,
+        "tokenizer",
+        lambda folder: AutoTokenizer.from_pretrained(folder, local_files_only=True),
+    )
+    image_processor = load_image_processor(source) if with_image_processor else None
+    networks: dict[str, Any] = {name: _load_network(source, name, dtype) for name in _KINDS}
+    for spec, path in loras:
+        fuse_lora(networks["transformer"], path, scale=spec.scale)
+    return AnimatePipeline(
+        **{name: network.to(device) for name, network in networks.items()},
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        device=device,
+    )
+
+
+def load_image_processor(source: ModelSource) -> CLIPImageProcessor:
+    """CLIP's own preprocessing of a checkpoint, on Pillow whatever else is installed.
+
+    With torchvision, transformers would take a variant of slightly different numbers.
+
+    Raises:
+        WeightsError: If the checkpoint has none, or a damaged one.
+    """
+    try:
+        from transformers import CLIPImageProcessorPil  # noqa: PLC0415  # see below
+    except ImportError:
+        # In the first releases of transformers 5 the plain name is the Pillow variant.
+        from transformers import CLIPImageProcessor as CLIPImageProcessorPil  # noqa: PLC0415
+    return _load_part(
+        source,
+        "image_processor",
+        lambda folder: CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True),
+    )
+
+
+def _load_part(source: ModelSource, name: str, load: Callable[[Path], _Loaded]) -> _Loaded:
+    """Load what has no weights."""
+    try:
+        with _quiet_libraries():
+            return load(source.folder / name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"--model {source.name}: {name} cannot be loaded. "
+            "Give a complete checkpoint in diffusers layout."
+        ) from error
+
+
+def _load_network(source: ModelSource, name: str, dtype: torch.dtype) -> nn.Module:
+    kind = _KINDS[name]
+    with _quiet_libraries():
+        network, report = kind.network_class.from_pretrained(
+            source.folder / name,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{kind.dtype_option: torch.float32 if name == "vae" else dtype},
+        )
+    # The headers were right, but the library would fill in at random what it does not recognise.
+    _refuse_misfits(
+        f"--model {source.name}",
+        name,
+        missing=report["missing_keys"],
+        unexpected=report["unexpected_keys"],
+        reshaped=[str(key) for key in report["mismatched_keys"]],
+    )
+    return cast("nn.Module", network.eval().requires_grad_(False))
+
+
+def _dtype_in_memory(name: str, key: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that `_load_network` gives a weight."""
+    kept = EverAnimateTransformer3DModel._keep_in_fp32_modules
+    if name == "vae" or (name == "transformer" and not set(kept).isdisjoint(key.split("."))):
+        return torch.float32
+    return dtype
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the libraries from drawing bars and logging on stderr, which is the console's."""
+    drawing = [
+        library
+        for library in (diffusers_logging, transformers_logging)
+        if library.is_progress_bar_enabled()
+    ]
+    libraries = (diffusers_logging, transformers_logging, hub_logging)
+    before = [library.get_verbosity() for library in libraries]
+    try:
+        for library in drawing:
+            library.disable_progress_bar()
+        for library in libraries:
+            library.set_verbosity_error()
+        yield
+    finally:
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+        for library in drawing:
+            library.enable_progress_bar()
