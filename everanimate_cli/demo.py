@@ -1,4 +1,4 @@
-"""`everanimate demo`: a rendered character, a rendered dance with sound, and the toy model between them."""
+"""`everanimate demo`: a rendered character, a rendered dance with sound, and the toy model."""
 
 from __future__ import annotations
 
@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 
     Frames = NDArray[np.uint8]
 
-# People that the toy model was not trained on start here; two to a seed, the character and the dancer.
+# People that the toy model was not trained on start here; two to a seed, the character and the
+# dancer.
 FIRST_HELD_OUT_PERSON = 1_000_000
-RAW_SIZE_PX = 256  # of the driving video, which is larger than what the model makes, as in real life
+RAW_SIZE_PX = (
+    256  # of the driving video, which is larger than what the model makes, as in real life
+)
 SOUND_RATE_HZ = 44_100
 SHEET_COLUMNS = 8
 SHEET_CELL_PX = 128
@@ -252,5 +255,7 @@ def _cell(frame_u8: Frames) -> Frames:
     method = cv2.INTER_NEAREST if scale > 1 else cv2.INTER_AREA
     cell = np.zeros((SHEET_CELL_PX, SHEET_CELL_PX, 3), np.uint8)
     top, left = (SHEET_CELL_PX - size[1]) // 2, (SHEET_CELL_PX - size[0]) // 2
-    cell[top : top + size[1], left : left + size[0]] = cv2.resize(frame_u8, size, interpolation=method)
+    cell[top : top + size[1], left : left + size[0]] = cv2.resize(
+        frame_u8, size, interpolation=method
+    )
     return cell

@@ -94,9 +94,8 @@ def read_image(path: Path) -> Frames:
             f"{path} is not a picture in a known format. Give a PNG, JPEG or WebP file."
         ) from error
     except _UNREADABLE as error:
-        reason = str(error).partition("\n")[0].rstrip(".")
         raise MediaError(
-            f"{path} cannot be read as a picture: {reason}. Give a PNG, JPEG or WebP file."
+            f"{path} cannot be read as a picture: {error}. Give a PNG, JPEG or WebP file."
         ) from error
 
 

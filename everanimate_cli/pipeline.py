@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from diffusers.pipelines.wan.pipeline_wan_animate import prompt_clean
 from torch import Tensor
@@ -23,7 +24,6 @@ from everanimate_cli.transformer import NUM_TEXT_TOKENS, EverAnimateTransformer3
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import numpy as np
     from diffusers import AutoencoderKLWan
     from numpy.typing import NDArray
     from transformers import (
@@ -223,11 +223,9 @@ class AnimatePipeline:
         """Face tokens of a chunk's face crops [F, Hf, Wf, 3], for all its steps."""
         return self.transformer.embed_face(from_uint8(face_u8))
 
-    @torch.no_grad()
     def embed_blank_face(self, num_frames: int) -> Tensor:
         """Face tokens of a black face video: what guidance steers away from."""
-        size = self.face_size
-        return self.transformer.embed_face(torch.full((1, 3, num_frames, size, size), -1.0))
+        return self.embed_face(np.zeros((num_frames, self.face_size, self.face_size, 3), np.uint8))
 
     def denoise(
         self,

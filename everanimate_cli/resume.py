@@ -89,9 +89,7 @@ class RunFolder:
             latents = tensors.pop("latents")
             frame = tensors.pop("last_frame_u8").numpy()
         except (SafetensorError, KeyError, OSError) as error:
-            raise RunError(
-                f"{path} is damaged ({error}). Start again with --no-resume."
-            ) from error
+            raise RunError(f"{path} is damaged ({error}). Start again with --no-resume.") from error
         return latents, RolloutState(
             next_chunk=chunk_index + 1,
             drawn_latents=tensors.get("drawn_latents"),
@@ -109,9 +107,7 @@ class RunFolder:
 
 
 @contextmanager
-def open_run(
-    output: Path, request: Mapping[str, object], *, resume: bool
-) -> Iterator[RunFolder]:
+def open_run(output: Path, request: Mapping[str, object], *, resume: bool) -> Iterator[RunFolder]:
     """Hold the run folder of a result; only one process can.
 
     Args:

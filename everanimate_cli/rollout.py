@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from everanimate_cli.memory import (
@@ -188,21 +189,13 @@ class Rollout:
             )
             for step_index, latents in enumerate(steps):  # noqa: B007  # the last ones stay
                 yield Step(step_index=step_index)
-            # The network restores the identity slots too, but they are no part of the video.
-            latents = latents[:, :, self.num_identity_slots :]
-            pixels = self.pipeline.decode(latents)
-            frames_u8 = _to_frames(pixels)
-            state = self._next_state(state, latents, pixels, frames_u8)
-            yield Chunk(
-                chunk_index=chunk_index,
-                latents=latents.cpu().contiguous(),
-                frames_u8=frames_u8,
-                state=state,
-            )
+            chunk = self._finish(state, latents)
+            state = chunk.state
+            yield chunk
 
     def decode_frames(self, latents: Tensor) -> Frames:
         """Frames [F, H, W, 3] of a chunk from its `Chunk.latents`, the same as when it was made."""
-        return _to_frames(self.pipeline.decode(latents))
+        return to_uint8(self.pipeline.decode(latents)).cpu().numpy()
 
     def _conditioning(self, state: RolloutState) -> Conditioning:
         """All that the network sees beside the noise in the chunk that follows `state`."""
@@ -226,13 +219,13 @@ class Rollout:
             video = pixel_condition_video(carried, self.frames_per_chunk, height, width)
             num_carried = 0 if carried is None else self.overlap
             return build_pixel_condition(reference, self.pipeline.encode_video(video), num_carried)
-        drawn, motion = state.drawn_latents, state.motion_latents
         identity = assemble_identity(
             reference,
             self.num_identity_slots,
             views=self._views_latents,
-            drawn=None if drawn is None else drawn.to(reference),
+            drawn=_move(state.drawn_latents, reference.device),
         )
+        motion = _move(state.motion_latents, reference.device)
         return build_condition(identity, motion, self.num_target_slots)
 
     def _clip_embeds(self, state: RolloutState) -> Tensor:
@@ -240,10 +233,23 @@ class Rollout:
             return self._reference_clip_embeds
         return self.pipeline.encode_clip(state.last_frame_u8)
 
+    def _finish(self, state: RolloutState, latents: Tensor) -> Chunk:
+        """The chunk that follows `state` from its clean latents [1, C, L, h, w] of all slots."""
+        # The network restores the identity slots too, but they are no part of the video.
+        latents = latents[:, :, self.num_identity_slots :]
+        pixels = self.pipeline.decode(latents)
+        frames_u8 = to_uint8(pixels).cpu().numpy()
+        return Chunk(
+            chunk_index=state.next_chunk,
+            latents=latents.cpu().contiguous(),
+            frames_u8=frames_u8,
+            state=self._next_state(state, latents, pixels, frames_u8),
+        )
+
     def _next_state(
         self, state: RolloutState, latents: Tensor, pixels: Tensor, frames_u8: Frames
     ) -> RolloutState:
-        """State after the chunk that was just decoded; copies, so that the chunk can be freed."""
+        """State after the chunk that follows `state`; copies, so that the chunk can be freed."""
         following = replace(
             state, next_chunk=state.next_chunk + 1, last_frame_u8=frames_u8[-1].copy()
         )
@@ -284,6 +290,5 @@ class Rollout:
         return self.pipeline.embed_blank_face(self.frames_per_chunk)
 
 
-def _to_frames(pixels: Tensor) -> Frames:
-    """[3, F, H, W] float -> [F, H, W, 3] uint8."""
-    return to_uint8(pixels).cpu().numpy()
+def _move(latents: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if latents is None else latents.to(device)

@@ -7,15 +7,15 @@
     python -m everanimate_cli.toy_training transformer --work DIR --minutes 60
     python -m everanimate_cli.toy_training export      --work DIR --output everanimate_cli/toy_model
 
-Every stage can be stopped and started again: it goes on from its last checkpoint in DIR, at most a minute old, and
-adds to the minutes already spent. On a CPU the work is shared by `--processes` single-threaded processes whose
-gradients are averaged, which is faster than one process with threads at this size; on a GPU one process is used.
+Every stage can be stopped and started again: it goes on from its last checkpoint in DIR, at most a
+minute old, and adds to the minutes already spent. On a CPU the work is shared by `--processes`
+single-threaded processes whose gradients are averaged, which is faster than one process with
+threads at this size; on a GPU one process is used.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import json
 import logging
@@ -41,7 +41,7 @@ from diffusers import (
 from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     CLIPImageProcessor,
@@ -57,11 +57,10 @@ from everanimate_cli.clip_image import CLIP_MEAN, CLIP_STD
 from everanimate_cli.memory import build_condition, build_pixel_condition
 from everanimate_cli.schedule import training_schedule
 from everanimate_cli.settings import MODEL_DEFAULTS_FILE, ModelDefaults
+from everanimate_cli.toy_loop import Loss, LossFunction, TrainingPlan, load_average, train
 from everanimate_cli.transformer import NUM_TEXT_TOKENS, EverAnimateTransformer3DModel
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from numpy.typing import NDArray
 
 log = logging.getLogger("everanimate.toy_training")
@@ -72,8 +71,8 @@ OVERLAP = 4
 NUM_IDENTITY_SLOTS = 4
 LATENT_CHANNELS = 32
 
-# A rendered video: one stretch of neighbouring frames, then frames of the same scene from other times, then the
-# person standing still.
+# A rendered video: one stretch of neighbouring frames, then frames of the same scene from other
+# times, then the person standing still.
 NUM_NEIGHBOURS = 2 * FRAMES_PER_CHUNK + OVERLAP + 4
 NUM_FAR = 7
 FRAMES_PER_VIDEO = NUM_NEIGHBOURS + NUM_FAR + 1
@@ -99,7 +98,7 @@ VAE_CONFIG: dict[str, Any] = {
 }
 
 
-# --- the rendered set ------------------------------------------------------------------------------------------------
+# --- the rendered set ----------------------------------------------------------------------------
 
 
 def training_scene(seed: int) -> toyworld.ToyScene:
@@ -173,237 +172,11 @@ def to_pixels(frames_u8: NDArray[np.uint8]) -> Tensor:
     return pixels.movedim(-1, -4)
 
 
-# --- the shared training loop ----------------------------------------------------------------------------------------
+# --- stage: VAE ----------------------------------------------------------------------------------
 
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update matrix is orthogonalised (Jordan et al. 2024), for weights of two and more axes.
-
-    Args:
-        params: Weights; axes after the first are flattened.
-        lr: Step length in units of the spectral norm.
-        momentum: Nesterov momentum.
-    """
-
-    def __init__(self, params: list[Tensor], lr: float = 0.02, momentum: float = 0.95) -> None:
-        super().__init__(params or [torch.zeros(0, 0)], {"lr": lr, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update every weight that has a gradient."""
-        del closure
-        for group in self.param_groups:
-            for weight in group["params"]:
-                if weight.grad is None:
-                    continue
-                state = self.state[weight]
-                if "momentum" not in state:
-                    state["momentum"] = torch.zeros_like(weight)
-                state["momentum"].lerp_(weight.grad, 1 - group["momentum"])
-                update = weight.grad.lerp(state["momentum"], group["momentum"]).flatten(1)
-                update = _orthogonalised(update)
-                scale = math.sqrt(max(1.0, update.shape[0] / update.shape[1]))
-                weight.add_(update.view_as(weight), alpha=-group["lr"] * scale)
-
-
-def _orthogonalised(matrix: Tensor) -> Tensor:
-    """Push the singular values of a matrix towards 1 by five Newton-Schulz steps of fifth order."""
-    a, b, c = 3.4445, -4.7750, 2.0315
-    transposed = matrix.shape[0] > matrix.shape[1]
-    wide = matrix.T if transposed else matrix
-    wide = wide / (wide.norm() + 1e-7)
-    # Every step multiplies from the left by a polynomial of the Gram matrix, so the long side enters only twice.
-    gram = wide @ wide.T
-    unit = torch.eye(gram.shape[0], dtype=gram.dtype, device=gram.device)
-    product = unit
-    for _ in range(5):
-        factor = a * unit + b * gram + c * gram @ gram
-        product = factor @ product
-        gram = factor @ factor @ gram
-    result = product @ wide
-    return result.T if transposed else result
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingPlan:
-    """How long and how fast one stage trains.
-
-    Attributes:
-        name: Of the checkpoint file in the work folder.
-        minutes: Wall time in all, former runs included; the learning rate falls to zero over it.
-        processes: Workers on a CPU.
-        muon_lr: For weights of two and more axes inside the network.
-        adam_lr: For everything else.
-        ema: Decay of the weight average that is kept as the result.
-        warmup_steps: Steps of rising learning rate.
-    """
-
-    name: str
-    minutes: float
-    processes: int
-    muon_lr: float = 0.02
-    adam_lr: float = 2e-3
-    ema: float = 0.999
-    warmup_steps: int = 50
-
-
-Loss = dict[str, Tensor]  # "loss" is minimised, the rest is logged
-
-
-def train(
-    work: Path,
-    plan: TrainingPlan,
-    build: Callable[[], torch.nn.Module],
-    make_loss: Callable[
-        [Path, torch.device], Callable[[torch.nn.Module, np.random.Generator], Loss]
-    ],
-    use_adam: Callable[[str], bool] = lambda _name: False,
-) -> None:
-    """Train one network over several processes, with a checkpoint every minute.
-
-    Args:
-        work: Folder of data and checkpoints.
-        plan: Length and rates.
-        build: Makes the network with fresh weights.
-        make_loss: Given the folder and the device, makes the function that draws a batch and computes its loss.
-        use_adam: Whether the parameter with this name is trained by AdamW although it is a matrix.
-    """
-    processes = 1 if torch.cuda.is_available() else plan.processes
-    rendezvous = work / f"{plan.name}.rendezvous"
-    rendezvous.unlink(missing_ok=True)
-    arguments = (work, plan, build, make_loss, use_adam, processes, rendezvous)
-    if processes == 1:
-        _train_worker(0, *arguments)
-    else:
-        torch.multiprocessing.spawn(_train_worker, arguments, nprocs=processes)
-    rendezvous.unlink(missing_ok=True)
-
-
-def _train_worker(  # noqa: PLR0913, PLR0917  # positional: called by spawn
-    rank: int,
-    work: Path,
-    plan: TrainingPlan,
-    build: Callable[[], torch.nn.Module],
-    make_loss: Callable[
-        [Path, torch.device], Callable[[torch.nn.Module, np.random.Generator], Loss]
-    ],
-    use_adam: Callable[[str], bool],
-    processes: int,
-    rendezvous: Path,
-) -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-        cv2.setNumThreads(1)
-    if processes > 1:
-        store = distributed.FileStore(str(rendezvous), processes)
-        distributed.init_process_group("gloo", store=store, rank=rank, world_size=processes)
-    torch.manual_seed(0)
-    model = build().to(device).train()
-    average = copy.deepcopy(model).requires_grad_(False)
-    matrices, others = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            target = others if parameter.ndim < 2 or use_adam(name) else matrices  # noqa: PLR2004
-            target.append(parameter)
-    optimizers: list[torch.optim.Optimizer] = [
-        Muon(matrices, lr=plan.muon_lr),
-        torch.optim.AdamW(others, lr=plan.adam_lr, betas=(0.9, 0.98), weight_decay=0.0),
-    ]
-    step, spent_s = 0, 0.0
-    checkpoint_path = work / f"{plan.name}.checkpoint.pt"
-    if checkpoint_path.exists():
-        saved = torch.load(checkpoint_path, map_location=device, weights_only=True)
-        model.load_state_dict(saved["model"])
-        average.load_state_dict(saved["average"])
-        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-        step, spent_s = saved["step"], saved["spent_s"]
-    rng = np.random.default_rng([rank, step, 7])
-    torch.manual_seed(1000 * step + rank)
-    loss_of = make_loss(work, device)
-    started_s, logged_s, saved_s = time.monotonic(), 0.0, time.monotonic()
-    means: dict[str, float] = {}
-    while True:
-        now_s = spent_s + time.monotonic() - started_s
-        progress = torch.tensor(min(now_s / (60 * plan.minutes), 1.0))
-        if processes > 1:
-            distributed.broadcast(progress, 0)
-        if progress >= 1:
-            break
-        factor = (
-            min(1.0, (step + 1) / plan.warmup_steps) * (1 + math.cos(math.pi * float(progress))) / 2
-        )
-        for optimizer, rate in zip(optimizers, (plan.muon_lr, plan.adam_lr), strict=True):
-            optimizer.param_groups[0]["lr"] = rate * factor
-        with torch.autocast(device.type, torch.bfloat16):
-            losses = loss_of(model, rng)
-        losses["loss"].backward()
-        parameters = [p for p in matrices + others if p.grad is not None]
-        if processes > 1:
-            flat = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
-            distributed.all_reduce(flat)
-            parts = (flat / processes).split([p.numel() for p in parameters])
-            for parameter, part in zip(parameters, parts, strict=True):
-                parameter.grad = part.view_as(parameter)
-        torch.nn.utils.clip_grad_norm_(others, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        step += 1
-        decay = min(plan.ema, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - decay)
-        for key, value in losses.items():
-            number = float(value.detach())
-            means[key] = 0.98 * means.get(key, number) + 0.02 * number
-        if rank == 0 and time.monotonic() - logged_s > 20:  # noqa: PLR2004
-            text = " ".join(f"{key} {value:.4f}" for key, value in means.items())
-            log.info("%s step %d, %.1f min: %s", plan.name, step, now_s / 60, text)
-            logged_s = time.monotonic()
-        if rank == 0 and time.monotonic() - saved_s > 60:  # noqa: PLR2004
-            _save_checkpoint(checkpoint_path, model, average, optimizers, step, now_s)
-            saved_s = time.monotonic()
-    if rank == 0:
-        now_s = spent_s + time.monotonic() - started_s
-        _save_checkpoint(checkpoint_path, model, average, optimizers, step, now_s)
-        log.info("%s finished after %d steps, %.1f min", plan.name, step, now_s / 60)
-    if processes > 1:
-        distributed.destroy_process_group()
-
-
-def _save_checkpoint(  # noqa: PLR0913, PLR0917
-    path: Path,
-    model: torch.nn.Module,
-    average: torch.nn.Module,
-    optimizers: list[torch.optim.Optimizer],
-    step: int,
-    spent_s: float,
-) -> None:
-    temporary = path.with_suffix(".partial")
-    state = {
-        "model": model.state_dict(),
-        "average": average.state_dict(),
-        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-        "step": step,
-        "spent_s": spent_s,
-    }
-    torch.save(state, temporary)
-    temporary.replace(path)
-
-
-def load_average(work: Path, name: str, model: torch.nn.Module) -> torch.nn.Module:
-    """The averaged weights of a stage in a network, ready to use."""
-    saved = torch.load(work / f"{name}.checkpoint.pt", map_location="cpu", weights_only=True)
-    model.load_state_dict(saved["average"])
-    return model.eval().requires_grad_(False)
-
-
-# --- stage: VAE ------------------------------------------------------------------------------------------------------
-
-# What one process sees in one step, (frames, clips). Single pictures bring variety, without which the normalised
-# updates chase the colours of one clip; whole chunks keep the end of a chunk from fading.
+# What one process sees in one step, (frames, clips). Single pictures bring variety, without which
+# the normalised updates chase the colours of one clip; whole chunks keep the end of a chunk from
+# fading.
 _CLIPS_PER_STEP = ((1, 4), (5, 1), (21, 1))
 _POSE_SHARE, _EMPTY_SHARE = 0.35, 0.04
 _KL_WEIGHT = 1e-4
@@ -413,8 +186,8 @@ _FIRST_LOG_VARIANCE = -6.0
 def build_vae() -> AutoencoderKLWan:
     """The toy VAE with fresh weights, started so that it can learn at once.
 
-    Residual branches start at zero, the posterior starts narrow, and a constant on some channels keeps the last norms
-    from erasing how bright a place is.
+    Residual branches start at zero, the posterior starts narrow, and a constant on some channels
+    keeps the last norms from erasing how bright a place is.
     """
     vae = AutoencoderKLWan(**VAE_CONFIG)
     with torch.no_grad():
@@ -432,9 +205,7 @@ def build_vae() -> AutoencoderKLWan:
     return vae
 
 
-def _vae_loss(
-    work: Path, device: torch.device
-) -> Callable[[torch.nn.Module, np.random.Generator], Loss]:
+def _vae_loss(work: Path, device: torch.device) -> LossFunction:
     videos, poses = open_videos(work, "rgb"), open_videos(work, "pose")
     scale = 8 if device.type == "cuda" else 1
 
@@ -444,7 +215,7 @@ def _vae_loss(
         clip = to_pixels(source[rng.integers(len(source)), start : start + num_frames])
         if rng.random() < _EMPTY_SHARE:  # carried frames and then nothing; a pose that was dropped
             clip[:, int(rng.integers(num_frames)) :] = -1.0 if pose else 0.0
-        return clip.flip(-1) if not pose and rng.random() < 0.5 else clip  # noqa: PLR2004
+        return clip.flip(-1) if not pose and rng.random() < 0.5 else clip
 
     def loss(model: torch.nn.Module, rng: np.random.Generator) -> Loss:
         total, divergence, weight_sum = 0.0, 0.0, 0
@@ -485,7 +256,7 @@ def _is_edge_of_vae(name: str) -> bool:
     return "conv_in" in name or "conv_out" in name or "quant_conv" in name
 
 
-# --- stage: encoders (CLIP with text, motion) -------------------------------------------------------------------------
+# --- stage: encoders (CLIP with text, motion) ----------------------------------------------------
 
 PROMPT = "the person in the video is moving"
 TEXT_VOCABULARY = 160
@@ -547,7 +318,8 @@ class _ImageTextModel(torch.nn.Module):
 
     def forward(self, images: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
         """[B, B] similarity of pictures and captions."""
-        # The layer before the last is what the network reads, so that is what must carry the meaning.
+        # The layer before the last is what the network reads, so that is what must carry the
+        # meaning.
         seen = self.image(images, output_hidden_states=True).hidden_states[-2].mean(1)
         read = self.text(tokens, attention_mask=mask).last_hidden_state
         read = (read * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
@@ -556,9 +328,7 @@ class _ImageTextModel(torch.nn.Module):
         return seen @ read.T * self.log_temperature.exp()
 
 
-def _image_text_loss(
-    work: Path, device: torch.device
-) -> Callable[[torch.nn.Module, np.random.Generator], Loss]:
+def _image_text_loss(work: Path, device: torch.device) -> LossFunction:
     videos = open_videos(work, "rgb")
     tokenizer = build_tokenizer()
     captions = [toyworld.make_person(seed).words for seed in range(len(videos))]
@@ -596,9 +366,7 @@ class _MotionModel(torch.nn.Module):
         return self.read_out(self.encoder(faces))
 
 
-def _motion_loss(
-    work: Path, device: torch.device
-) -> Callable[[torch.nn.Module, np.random.Generator], Loss]:
+def _motion_loss(work: Path, device: torch.device) -> LossFunction:
     faces, labels = open_videos(work, "face"), open_videos(work, "labels")
     batch_size = 48
 
@@ -626,7 +394,7 @@ def train_encoders(work: Path, minutes: float) -> None:
     train(work, plan, _MotionModel, _motion_loss, use_adam=lambda _name: True)
 
 
-# --- the transformer ---------------------------------------------------------------------------------------------------
+# --- the transformer -----------------------------------------------------------------------------
 
 TRANSFORMER_CONFIG: dict[str, Any] = {
     "patch_size": [1, 2, 2],
@@ -662,7 +430,7 @@ def build_transformer() -> EverAnimateTransformer3DModel:
     return EverAnimateTransformer3DModel(**TRANSFORMER_CONFIG)
 
 
-# --- stage: latents ---------------------------------------------------------------------------------------------------
+# --- stage: latents ------------------------------------------------------------------------------
 
 MAX_TEXT_TOKENS = 64
 VIDEOS_PER_SHARD = 50
@@ -740,7 +508,7 @@ def measure_latents(work: Path) -> None:
 
 @torch.no_grad()
 def _training_tensors(parts: _FrozenParts, seed: int) -> dict[str, NDArray[np.float16]]:
-    """Everything that the transformer's training reads of one video (method page section 3, windows)."""
+    """All that the transformer's training reads of one video (method page section 3, windows)."""
     video = _render_video(seed)
     rng = np.random.default_rng([seed, 8])
     rgb, pose, face = (to_pixels(video[name]) for name in ("rgb", "pose", "face"))  # [3, S, ., .]
@@ -803,23 +571,24 @@ def encode_latents(work: Path, num_videos: int, processes: int) -> None:
     with multiprocessing.get_context("spawn").Pool(processes) as pool:
         job = functools.partial(_encode_shard, work)
         for shard in pool.imap(job, range(-(-num_videos // VIDEOS_PER_SHARD))):
-            if shard % 10 == 9:  # noqa: PLR2004
+            if shard % 10 == 9:
                 log.info("encoded %d videos", (shard + 1) * VIDEOS_PER_SHARD)
 
 
-# --- stage: transformer -------------------------------------------------------------------------------------------------
+# --- stage: transformer --------------------------------------------------------------------------
 
 
 class _FoldedTextProcessor:
     """Cross attention that reads the many equal padding tokens of the text once.
 
-    The network is fed 512 text tokens of which nearly all are the same padding. One of them with the logarithm of
-    their number added to its score has exactly the same effect, at an eighth of the keys. Training only.
+    The network is fed 512 text tokens of which nearly all are the same padding. One of them with
+    the logarithm of their number added to its score has exactly the same effect, at an eighth of
+    the keys. Training only.
     """
 
     def __call__(
         self,
-        attn: torch.nn.Module,
+        attn: Any,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor,
         attention_mask: Tensor | None = None,  # noqa: ARG002
@@ -899,12 +668,12 @@ def _identity_and_motion(
     single = batch["single"]
     identity, motion, clip = [], batch["motion"].clone(), []
     for row in range(len(single)):
-        reference = 2 * NUM_CANDIDATES + int(rng.random() < 0.4)  # noqa: PLR2004
+        reference = 2 * NUM_CANDIDATES + int(rng.random() < 0.4)
         slots = [reference] * NUM_IDENTITY_SLOTS
         first = rng.random() < _FIRST_CHUNK_SHARE
-        if not first and rng.random() > 0.05:  # noqa: PLR2004
-            pool = int(rng.random() < 0.5) * NUM_CANDIDATES  # noqa: PLR2004
-            count = NUM_IDENTITY_SLOTS - int(rng.random() < 0.6)  # noqa: PLR2004
+        if not first and rng.random() > 0.05:
+            pool = int(rng.random() < 0.5) * NUM_CANDIDATES
+            count = NUM_IDENTITY_SLOTS - int(rng.random() < 0.6)
             drawn = pool + np.sort(rng.choice(NUM_CANDIDATES, count, replace=False))
             slots[:count] = [int(slot) for slot in drawn]
         if first or mode == "alone":
@@ -912,7 +681,7 @@ def _identity_and_motion(
         elif rng.random() < _NOISY_MOTION_SHARE:
             motion[row] += torch.randn(motion[row].shape) * rng.uniform(0, 0.3)
         identity.append(single[row, :, slots])
-        from_target = not first and rng.random() < 0.5  # noqa: PLR2004
+        from_target = not first and rng.random() < 0.5
         clip.append(batch["clip"][row, 2 if from_target else reference - 2 * NUM_CANDIDATES])
     return torch.stack(identity), motion, torch.stack(clip)
 
@@ -921,7 +690,7 @@ def _pixel_layout(
     batch: dict[str, Tensor], grey: Tensor, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Identity slot, condition and CLIP tokens of a batch as stock Wan-Animate lays them out."""
-    standing = int(rng.random() < 0.4)  # noqa: PLR2004
+    standing = int(rng.random() < 0.4)
     reference = batch["single"][:, :, [2 * NUM_CANDIDATES + standing]]
     carried = int(rng.choice([0, 1, 5], p=_PIXEL_CARRY_SHARES))
     video = batch[f"carry{carried}"] if carried else grey.expand_as(batch["target"])
@@ -930,9 +699,7 @@ def _pixel_layout(
     return reference, build_pixel_condition(reference, video, carried), batch["clip"][:, standing]
 
 
-def _transformer_loss(
-    work: Path, device: torch.device
-) -> Callable[[torch.nn.Module, np.random.Generator], Loss]:
+def _transformer_loss(work: Path, device: torch.device) -> LossFunction:
     latents = _LatentSet(work)
     constants = _constant_tensors(work)
     sigmas = training_schedule(_TRAINING_SHIFT).sigmas
@@ -963,7 +730,8 @@ def _transformer_loss(
         noise = torch.randn_like(clean)
         level = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - level) * clean + level * noise
-        # On a CPU the fused attention's backward pass is several times slower than explicit attention at this size.
+        # On a CPU the fused attention's backward pass is several times slower than explicit
+        # attention at this size.
         explicit = sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
         with explicit:
             velocity = model(
@@ -1015,13 +783,13 @@ def _is_edge_of_transformer(name: str) -> bool:
     return not inside or "scale_shift_table" in name
 
 
-# --- stage: export ----------------------------------------------------------------------------------------------------
+# --- stage: export -------------------------------------------------------------------------------
 
 MAX_CHECKPOINT_BYTES = 16_000_000
 
 
 def export(work: Path, output: Path) -> None:
-    """Write the complete checkpoint in half precision, laid out as diffusers does, with its `everanimate.json`."""
+    """Write the checkpoint in half precision as diffusers lays it out, with `everanimate.json`."""
     statistics = json.loads((work / "latents.json").read_text())
     vae = AutoencoderKLWan(**(VAE_CONFIG | statistics))
     vae.load_state_dict(load_average(work, "vae", build_vae()).state_dict())
@@ -1067,7 +835,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("stage", choices=["render", "vae", "encoders", "latents", "transformer", "export"])
+    parser.add_argument(
+        "stage", choices=["render", "vae", "encoders", "latents", "transformer", "export"]
+    )
     parser.add_argument("--work", type=Path, required=True, help="folder of data and checkpoints")
     parser.add_argument("--minutes", type=float, default=30.0, help="wall time of the stage in all")
     parser.add_argument("--videos", type=int, default=3000, help="videos to render")

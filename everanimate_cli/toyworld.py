@@ -1,9 +1,10 @@
-"""A procedural paper-doll world: seeded people, clothes, rooms, cameras and dances with exact keypoints.
+"""A procedural paper-doll world with exact keypoints.
 
-Everything that the toy checkpoint learns and everything that its tests look at is drawn here. A person is a chain of
-capsules around a textured torso and a textured head; clothes and hair differ between front and back, so that a turn
-shows what one picture cannot tell. One unit of length is the height of the person; x points to the right of the
-picture, y up, z towards the camera.
+Seeded people in clothes, rooms, cameras and dances: everything that the toy checkpoint learns and
+everything that its tests look at is drawn here. A person is a chain of capsules around a textured
+torso and a textured head; clothes and hair differ between front and back, so that a turn shows what
+one picture cannot tell. One unit of length is the height of the person; x points to the right of
+the picture, y up, z towards the camera.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ VISIBLE_SCORE, HIDDEN_SCORE = 0.95, 0.1
 MIN_HAND_PX = 8  # no estimator tells the fingers of a smaller hand apart
 FACE_SCORE_THRESHOLD = 0.3
 
-# Anatomy as fractions of the person's height, standing with arms down and facing the camera. A head of one quarter of
-# the height keeps the face readable in thumbnails.
+# Anatomy as fractions of the person's height, standing with arms down and facing the camera. A head
+# of one quarter of the height keeps the face readable in thumbnails.
 HEAD_RADIUS = 0.115
 HEAD_CENTRE_Y = 0.885
 SHOULDER_Y, HIP_Y = 0.735, 0.43
@@ -233,8 +234,8 @@ class Dance:
 
     Args:
         seed: Which dance.
-        turn_after_s: Until then the person keeps facing the camera within 40 degrees; afterwards whole turns follow.
-            None draws a dance that may turn at any time.
+        turn_after_s: Until then the person keeps facing the camera within 40 degrees; afterwards
+            whole turns follow. None draws a dance that may turn at any time.
     """
 
     def __init__(self, seed: int, *, turn_after_s: float | None = None) -> None:
@@ -295,8 +296,8 @@ class Dance:
         """Joint positions in the world.
 
         Returns:
-            Name to [3]: head, neck, and left_/right_ shoulder, elbow, wrist, hip, knee, ankle, toe; `look` holds the
-            heading and tilt of the head in its first two numbers.
+            Name to [3]: head, neck, and left_/right_ shoulder, elbow, wrist, hip, knee, ankle, toe;
+            `look` holds the heading and tilt of the head in its first two numbers.
         """
         value, width, limb = self._value, person.width, person.limb
         beat = np.sin(2 * np.pi * self.beat_hz * time_s)
@@ -319,8 +320,8 @@ class Dance:
         hip_y = 0.04 - lowest + bounce
         for side, (hip, knee, ankle) in legs.items():
             for name, place in (("hip", hip), ("knee", knee), ("ankle", ankle)):
-                points[f"{side}_{name}"] = place + [0, hip_y, 0]
-            points[f"{side}_toe"] = ankle + [0, hip_y - 0.02, FOOT]
+                points[f"{side}_{name}"] = place + np.array([0, hip_y, 0])
+            points[f"{side}_toe"] = ankle + np.array([0, hip_y - 0.02, FOOT])
         spine = (SHOULDER_Y - HIP_Y) * np.array([np.sin(lean), np.cos(lean), np.sin(bow)])
         chest = np.array([0, hip_y, 0]) + spine
         across = np.array([np.cos(lean), -np.sin(lean), 0.0])
@@ -377,7 +378,7 @@ class StandingPose(Dance):
             points[f"{side}_hip"] = hip
             points[f"{side}_knee"] = hip + THIGH * limb * leg
             points[f"{side}_ankle"] = hip + (THIGH + SHIN) * limb * leg
-            points[f"{side}_toe"] = points[f"{side}_ankle"] + [0, -0.02, FOOT]
+            points[f"{side}_toe"] = points[f"{side}_ankle"] + np.array([0, -0.02, FOOT])
             points[f"{side}_shoulder"] = shoulder
             points[f"{side}_elbow"] = shoulder + UPPER_ARM * limb * arm
             points[f"{side}_wrist"] = shoulder + (UPPER_ARM + FOREARM) * limb * arm
@@ -473,7 +474,7 @@ class ToyScene:
             box = skeleton.face_box(keypoints, height, width)
         face = skeleton.crop_face(canvas, box, FACE_SIZE_PX)
         if self._scale > 1:
-            canvas = cv2.resize(canvas, (self.width, self.height), interpolation=cv2.INTER_AREA)
+            canvas = _shrink(canvas, self.height, self.width)
             keypoints[:, :2] = (keypoints[:, :2] + 0.5) / self._scale - 0.5
         if HAND * unit_px / self._scale < MIN_HAND_PX:
             keypoints[91:, 2] = HIDDEN_SCORE
@@ -486,8 +487,7 @@ class ToyScene:
         room = self._room(height, width, *self._view(time_s))
         if self._scale == 1:
             return room
-        small = cv2.resize(room, (self.width, self.height), interpolation=cv2.INTER_AREA)
-        return np.asarray(small, np.uint8)
+        return _shrink(room, self.height, self.width)
 
     def frames(
         self, num_frames: int, *, start_s: float = 0.0, rate_fps: float = FRAME_RATE_FPS
@@ -521,6 +521,10 @@ class ToyScene:
             ),
             np.uint8,
         )
+
+
+def _shrink(frame: Frame, height: int, width: int) -> Frame:
+    return np.asarray(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def _shade(colour: tuple[int, int, int], depth: float) -> tuple[int, int, int]:
@@ -598,7 +602,7 @@ def _draw_person(
 
 
 def _visible_columns(num_columns: int, heading: float) -> NDArray[np.intp]:
-    """Texture columns that a camera sees across a round body, from the left to the right of the picture."""
+    """Texture columns that a camera sees across a round body, from left to right."""
     across = (np.arange(num_columns) + 0.5) / num_columns * 2 - 1
     longitude = np.arcsin(across) - heading  # 0 is the front
     return (
@@ -654,7 +658,7 @@ def _draw_torso(
     outline = np.array([[2, 8], [10, 0], [columns * 4 - 11, 0], [columns * 4 - 3, 8],
                         [columns * 4 - 14, rows * 4 - 1], [13, rows * 4 - 1]])  # fmt: skip
     cv2.fillConvexPoly(alpha, outline.astype(np.int32), 255)
-    patch = cv2.resize(patch, (columns * 4, rows * 4), interpolation=cv2.INTER_LINEAR)
+    patch = np.asarray(cv2.resize(patch, (columns * 4, rows * 4)), np.uint8)
     spine = chest - hips
     down = np.array([-spine[0], spine[1]]) * unit_px * 1.16 / (rows * 4)
     right = np.array([down[1], -down[0]]) / max(float(np.hypot(*down)), 1e-6)
@@ -728,7 +732,7 @@ def _draw_head(
 
 
 def _on_head(longitude: float, latitude: float, look: float) -> tuple[float, float, float] | None:
-    """Patch position of a point of the face and how much it faces the camera; None if it is hidden."""
+    """Place of a facial point on the patch, and how much it faces the camera; None if hidden."""
     facing = float(np.cos(longitude + look) * np.cos(latitude))
     if facing <= 0.12:
         return None
@@ -737,7 +741,7 @@ def _on_head(longitude: float, latitude: float, look: float) -> tuple[float, flo
 
 
 def _face_layout() -> Points:
-    """[68, 2] longitude and latitude of the iBUG landmarks on the head; row order as in COCO-WholeBody 23..90."""
+    """[68, 2] longitude and latitude on the head of the iBUG landmarks, COCO-WholeBody 23..90."""
     rows: list[tuple[float, float]] = []
     for angle in np.linspace(-1.2, 1.2, 17):  # jaw, from the person's right ear over the chin
         rows.append((float(angle), float(0.25 + 0.6 * np.cos(angle * 1.25))))
@@ -771,7 +775,7 @@ def _keypoints(
     unit_px: float,
     mouth: float,
 ) -> Points:
-    """[133, 3] COCO-WholeBody keypoints in pixels of the canvas; hidden facial points have a low score."""
+    """[133, 3] COCO-WholeBody keypoints on the canvas; hidden facial points have a low score."""
     world = np.zeros((NUM_KEYPOINTS, 3))
     scores = np.full(NUM_KEYPOINTS, VISIBLE_SCORE)
     look, tilt = float(joints["look"][0]), float(joints["look"][1])
@@ -782,11 +786,11 @@ def _keypoints(
         x = np.sin(angle) * np.cos(latitudes) * HEAD_RADIUS
         y = -np.sin(latitudes) * HEAD_RADIUS
         z = np.cos(angle) * np.cos(latitudes) * HEAD_RADIUS
-        return head + np.stack(
-            [x * np.cos(tilt) + y * np.sin(tilt), y * np.cos(tilt) - x * np.sin(tilt), z], 1
-        )
+        turned = [x * np.cos(tilt) + y * np.sin(tilt), y * np.cos(tilt) - x * np.sin(tilt), z]
+        return np.asarray(head + np.stack(turned, axis=1))
 
-    # Nose, left and right eye, left and right ear: the person's left is to the right of the picture.
+    # Nose, left and right eye, left and right ear: the person's left is to the right of the
+    # picture.
     head_angles = np.array([0.0, _EYE[0], -_EYE[0], 1.45, -1.45])
     head_latitudes = np.array([0.28, _EYE[1], _EYE[1], 0.1, 0.1])
     world[0:5] = on_head(head_angles, head_latitudes)

@@ -60,7 +60,7 @@ class EverAnimateTransformer3DModel(WanAnimateTransformer3DModel):
         return self.face_encoder(motion.unflatten(0, (batch_size, num_frames)))
 
     # Takes a chunk's embeddings where diffusers takes pose latents and face pixels.
-    def forward(  # noqa: PLR0913, PLR0917  # the inputs of the network, one by one
+    def forward(  # the inputs of the network, one by one
         self,
         hidden_states: Tensor,
         timestep: Tensor,

@@ -834,12 +834,12 @@ class _Decoder:
         return self._to_upright_rgb(frame)
 
     def _decode_from_start(self, number: int) -> VideoFrame:
-        """Second try for a frame that several threads or a jump may have lost.
+        """Second try for a frame that a jump may have lost.
 
-        With several threads an error surfaces before the frames in work are handed out. And a
-        stream that refreshes its picture bit by bit shows nothing for a while after a jump.
+        A stream that refreshes its picture bit by bit shows nothing for a while after a jump, and
+        some containers cannot jump at all.
         """
-        self._start(single_thread=True)
+        self._start()
         cause = None
         try:
             frame = self._next_frame(int(self._examined.keys[number]))
@@ -849,7 +849,8 @@ class _Decoder:
             self.close()
             times = self._examined.timeline.times
             ticks = int(times[number]) - int(times[0])
-            raise _damaged(self._path, float(ticks * self._examined.timeline.time_base)) from cause
+            time_s = float(ticks * self._examined.timeline.time_base)
+            raise _damaged(self._path, time_s) from cause
         return frame
 
     def _next_frame(self, key: int) -> VideoFrame | None:
@@ -891,25 +892,22 @@ class _Decoder:
             packets = container.demux(stream)
             first = next((packet for packet in packets if packet.is_keyframe), None)
             if first is not None and first.pts is not None and first.pts <= key:
-                self._frames = _timed_frames(chain((first,), packets), first.pts)
+                self._frames = _timed_frames(chain((first,), packets))
                 self._last_key = None
                 return
         self._start()
 
-    def _start(self, *, single_thread: bool = False) -> InputContainer:
+    def _start(self) -> InputContainer:
         """Open the file anew, with its first frame still to come."""
         self.close()
         self._container = _open(self._path)
         stream = _video_stream(self._container, self._path)
-        if single_thread:
-            stream.thread_count = 1
-        else:
-            stream.thread_type = "AUTO"
+        stream.thread_type = "AUTO"
         packets = self._container.demux(stream)
         if self._examined.by_order:
             self._frames = enumerate(frame for packet in packets for frame in packet.decode())
         else:
-            self._frames = _timed_frames(packets, int(self._examined.keys[0]))
+            self._frames = _timed_frames(packets)
         return self._container
 
     def _to_upright_rgb(self, frame: VideoFrame) -> Frames:
@@ -931,16 +929,11 @@ class _Decoder:
         return np.ascontiguousarray(np.rot90(rgb, k=info.rotation // 90), np.uint8)
 
 
-def _timed_frames(
-    packets: Iterator[Packet[VideoStream]], floor: int
-) -> Iterator[tuple[int, VideoFrame]]:
-    """Decode packets to (time, frame), without the frames shown before the time `floor`.
-
-    Those belong to an open group of pictures and lean on a group that was jumped over.
-    """
+def _timed_frames(packets: Iterator[Packet[VideoStream]]) -> Iterator[tuple[int, VideoFrame]]:
+    """Decode packets to (time, frame)."""
     for packet in packets:
         for frame in packet.decode():
-            if frame.pts is not None and frame.pts >= floor:
+            if frame.pts is not None:
                 yield frame.pts, frame
 
 
@@ -1172,12 +1165,9 @@ class _Sound:
                 return
 
     def _resampled(self, rate: int, layout: str) -> Iterator[AudioFrame]:
-        """Decoded sound, from shortly before the range on."""
+        """The whole sound, decoded; decoders need a run-up, and this is quick."""
         resampler = AudioResampler(format="fltp", layout=layout, rate=rate)
         for packet in self._packets():
-            # One second of run-up is more than any decoder needs.
-            if _seconds(packet) < self.begin_s - 1:
-                continue
             try:
                 frames = packet.decode()
             except av.error.FFmpegError as error:

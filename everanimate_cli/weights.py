@@ -30,7 +30,6 @@ from huggingface_hub.errors import (
     IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
     RevisionNotFoundError,
     StrictDataclassError,
 )
@@ -74,15 +73,17 @@ if TYPE_CHECKING:
 
 TOY_FOLDER = Path(__file__).parent / "toy_model"
 
-# What a Hub id without "@revision" means; others mean "main". The commits of the released files
-# could not be looked up where this was written. The branch is resolved once: from then on the
-# local cache answers, and the commit is recorded with every result.
+# What a Hub id without "@revision" means; repositories that are not listed mean "main". The
+# commits of the released files (method page section 5) could not be looked up where this was
+# written. The branch is resolved once: from then on the local cache answers, and the commit is
+# recorded with every result.
 HUB_REVISIONS = {HUB_MODEL: "main", "epfl-vita/everanimate": "main"}
 # The released base as diffusers' conversion script writes it: 17.275 B parameters of the
 # transformer in float32, text and image encoder in bfloat16, VAE in float32.
 _HUB_MODEL_GB = 82
 
 _HUB_TIMEOUT_S = 10.0
+_NO_ACCESS = (401, 403, 404)
 # What huggingface_hub lets through from its HTTP library: httpx, from version 2 on httpx2.
 _HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
 
@@ -315,6 +316,7 @@ def locate_lora(spec: LoraSpec, on_event: OnEvent | None = None) -> Path:
     progress = _announce_download(spec.source, info, [hub_id.path], on_event)
     return _download(
         label,
+        hub_id,
         lambda: huggingface_hub.hf_hub_download(
             hub_id.repository, hub_id.path, revision=revision, tqdm_class=progress
         ),
@@ -370,6 +372,7 @@ def _fetch_model(model: str, hub_id: HubId, on_event: OnEvent) -> Path:
     progress = _announce_download(model, info, needed, on_event)
     return _download(
         label,
+        hub_id,
         lambda: huggingface_hub.snapshot_download(
             hub_id.repository,
             revision=revision,
@@ -393,12 +396,13 @@ def _ask_hub(label: str, hub_id: HubId, problem: str, purpose: str, way_out: str
         way_out: What helps if it cannot be asked.
     """
     try:
-        return huggingface_hub.HfApi().model_info(
-            hub_id.repository,
-            revision=_default_revision(hub_id),
-            files_metadata=True,
-            timeout=_HUB_TIMEOUT_S,
-        )
+        with _quiet_libraries():
+            return huggingface_hub.HfApi().model_info(
+                hub_id.repository,
+                revision=_default_revision(hub_id),
+                files_metadata=True,
+                timeout=_HUB_TIMEOUT_S,
+            )
     except OfflineModeIsEnabled as error:
         raise WeightsError(
             f"{label} {problem} and HF_HUB_OFFLINE is set. Unset it {purpose}, {way_out}."
@@ -420,15 +424,16 @@ def _refusal(label: str, hub_id: HubId, error: HfHubHTTPError) -> WeightsError:
             f"{label} is gated. Ask for access at {endpoint}/{hub_id.repository}, "
             "then log in with 'hf auth login'."
         )
-    if isinstance(error, RepositoryNotFoundError):
-        return WeightsError(
-            f"{label} is not on {endpoint}, or is private. "
-            "Check the name, or log in with 'hf auth login'."
-        )
     if isinstance(error, RevisionNotFoundError):
         return WeightsError(
             f"{label} has no revision {_default_revision(hub_id)}. "
             "Give a branch, a tag or a commit after '@'."
+        )
+    # The Hub answers 401 for a wrong name too, so as not to betray private ones.
+    if error.response.status_code in _NO_ACCESS:
+        return WeightsError(
+            f"{label} is not on {endpoint}, or is private. "
+            "Check the name, or log in with 'hf auth login'."
         )
     return WeightsError(
         f"{label} cannot be downloaded: {endpoint} answered {error.response.status_code}. "
@@ -480,11 +485,13 @@ def _gb(num_bytes: float) -> str:
     return f"{num_bytes / 1e9:.2f}"
 
 
-def _download(label: str, start: Callable[[], str]) -> Path:
+def _download(label: str, hub_id: HubId, start: Callable[[], str]) -> Path:
     """Run a download; what goes wrong on the way becomes one line."""
     try:
         with _quiet_libraries():
             return Path(start())
+    except HfHubHTTPError as error:  # a gated repository tells its files, but gives none
+        raise _refusal(label, hub_id, error) from error
     # hf_xet, which moves the large files, reports all trouble as RuntimeError.
     except (_HTTP_ERROR, OSError, RuntimeError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -822,6 +829,8 @@ def load_pipeline(
 
     Raises:
         WeightsError: As `check_checkpoint`, and if a LoRA does not fit.
+
+    Source: method page sections 5 and 6.
     """
     check_checkpoint(source)
     shapes = _check_network(source, "transformer")
@@ -894,7 +903,7 @@ def _load_network(source: ModelSource, name: str, dtype: torch.dtype) -> nn.Modu
         unexpected=report["unexpected_keys"],
         reshaped=[str(key) for key in report["mismatched_keys"]],
     )
-    return cast("nn.Module", network.eval().requires_grad_(False))
+    return cast("nn.Module", network.requires_grad_(False))  # already in evaluation mode
 
 
 def _dtype_in_memory(name: str, key: str, dtype: torch.dtype) -> torch.dtype:

@@ -88,9 +88,7 @@ def measure(pipeline: object, seed: int, camera: str) -> tuple[dict[str, float],
         views_u8=[],
         read_driving=read_driving,
         noise=lambda k: chunk_noise(1, k, shape),
-        anchor_frame_indices=draw_anchor_indices(
-            1, frames_per_chunk, defaults.identity_slots - 1
-        ),
+        anchor_frame_indices=draw_anchor_indices(1, frames_per_chunk, defaults.identity_slots - 1),
         prompt_embeds=PROMPT_EMBEDS,
         num_chunks=NUM_CHUNKS,
         frames_per_chunk=frames_per_chunk,
@@ -109,7 +107,9 @@ def measure(pipeline: object, seed: int, camera: str) -> tuple[dict[str, float],
     figures["chunk 0, person"] = psnr(made[first], truth[first], person[first])
     figures["copy-the-reference, person"] = psnr(copied, truth[first], person[first])
     figures["chunk 0 above copy-the-reference"] = figures["chunk 0"] - figures["copy-the-reference"]
-    figures["chunk 0 below the VAE's ceiling"] = figures["VAE, chunk of frames"] - figures["chunk 0"]
+    figures["chunk 0 below the VAE's ceiling"] = (
+        figures["VAE, chunk of frames"] - figures["chunk 0"]
+    )
     last = slice(num_frames - frames_per_chunk, num_frames)
     figures["last chunk"] = psnr(made[last], truth[last])
     jumps = np.abs(np.diff(made.astype(float), axis=0)).mean((1, 2, 3))

@@ -129,13 +129,12 @@ def kept_pixels(rollout: Rollout, plan: ChunkPlan, chunk: Chunk) -> Tensor:
     return rollout.pipeline.decode(chunk.latents)[:, kept.start : kept.stop].transpose(0, 1)
 
 
+# The last chunk of the guided cases goes past the end of the driving video.
 CASES = {
     "carry-1": Case(frames_per_chunk=9, overlap=1, num_frames=9 + 2 * 8, guidance_scale=1),
-    "carry-1-surplus": Case(frames_per_chunk=9, overlap=1, num_frames=30, guidance_scale=1),
     "carry-5": Case(frames_per_chunk=13, overlap=5, num_frames=13 + 2 * 8, guidance_scale=1),
-    "carry-5-surplus": Case(frames_per_chunk=13, overlap=5, num_frames=26, guidance_scale=1),
-    "carry-1-guided": Case(frames_per_chunk=9, overlap=1, num_frames=24, guidance_scale=3),
-    "carry-5-guided": Case(frames_per_chunk=13, overlap=5, num_frames=28, guidance_scale=3),
+    "carry-1-guided": Case(frames_per_chunk=9, overlap=1, num_frames=22, guidance_scale=3),
+    "carry-5-guided": Case(frames_per_chunk=13, overlap=5, num_frames=27, guidance_scale=3),
 }
 
 

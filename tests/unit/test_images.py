@@ -217,6 +217,22 @@ def test_an_exception_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_the_content_is_on_disk_before_the_name_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, synced = tmp_path / "result", []
+    plain = os.fsync
+
+    def recorded(descriptor: int) -> None:
+        plain(descriptor)
+        synced.append(path.exists())
+
+    monkeypatch.setattr(os, "fsync", recorded)
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(b"new")
+    assert synced == [False, True]  # the file, then the folder that names it
+
+
 def test_a_result_has_the_usual_permissions(tmp_path: Path) -> None:
     """Files of the tempfile module are readable by their owner only, also after a rename."""
     usual = tmp_path / "usual"

@@ -33,6 +33,7 @@ from media import (
 )
 from PIL import Image
 
+from everanimate_cli import video
 from everanimate_cli.errors import MediaError, SettingsError
 from everanimate_cli.images import fit_frame
 from everanimate_cli.video import (
@@ -142,14 +143,15 @@ def test_a_picture_is_a_video_of_one_frame(tmp_path: Path) -> None:
         np.testing.assert_array_equal(reader.read([0, 0]), np.repeat(moving_frames(1), 2, axis=0))
 
 
-def test_names_that_look_like_protocols_or_patterns(tmp_path: Path) -> None:
+def test_names_that_look_like_protocols_or_patterns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for name in ("concat:a%03d.mp4", "data:,x.mp4", "-i.mp4", "a b\u00e9.mp4"):
-        made = write_media(tmp_path / "made.mp4", numbered_frames(2))
-        path = made.rename(tmp_path / name)
-        assert probe_video(path).num_frames == 2
-        joined = tmp_path / f"joined {name}"
-        join_videos([write_part(tmp_path / f"part {name}", numbered_frames(3))], joined)
-        assert probe_video(joined).num_frames == 3
+        write_part(Path(name), numbered_frames(2))
+        assert probe_video(Path(name)).num_frames == 2
+        join_videos([Path(name), Path(name)], Path(f"pipe:{name}"))
+        assert probe_video(Path(f"pipe:{name}")).num_frames == 4
 
 
 def test_tags_that_are_not_utf8_do_not_matter(tmp_path: Path) -> None:
@@ -297,6 +299,19 @@ def test_frames_before_an_edit_list_are_not_shown(tmp_path: Path) -> None:
         assert frame_numbers(reader.read([3, 1, 0])) == [13, 11, 10]
 
 
+def test_frames_behind_an_edit_list_are_not_shown(tmp_path: Path) -> None:
+    path = write_media(tmp_path / "edit.mp4", numbered_frames(30), options=SHORT_GROUPS)
+    data = bytearray(path.read_bytes())
+    duration = data.index(b"elst") + 12
+    assert data[duration : duration + 4] == (1200).to_bytes(4, "big")  # milliseconds
+    data[duration : duration + 4] = (600).to_bytes(4, "big")
+    path.write_bytes(data)
+    assert len(packet_positions(path)) > 15
+    with VideoReader(path) as reader:
+        assert len(reader) == 15
+        assert frame_numbers(reader.read(range(15))) == list(range(15))
+
+
 def test_frames_that_lean_on_a_lost_group_are_not_counted(tmp_path: Path) -> None:
     """A file cut at an open group begins with frames that no decoder shows."""
     whole = write_media(tmp_path / "whole.mkv", numbered_frames(40), options=OPEN_GROUPS)
@@ -313,6 +328,34 @@ def test_frames_that_lean_on_a_lost_group_are_not_counted(tmp_path: Path) -> Non
     with VideoReader(path) as reader:
         assert len(reader) == len(expected) < len(packet_positions(path))
         np.testing.assert_array_equal(reader.read(range(len(reader))), expected)
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "ts"])
+def test_no_frame_is_decoded_needlessly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """A jump in a transport stream lands one group too late and has to be repeated."""
+    path = write_media(tmp_path / f"a.{suffix}", moving_frames(60, 96, 96), options=SHORT_GROUPS)
+    num_decoded = 0
+    plain = video._timed_frames
+
+    def counted(packets: object) -> object:
+        nonlocal num_decoded
+        for item in plain(packets):
+            num_decoded += 1
+            yield item
+
+    monkeypatch.setattr(video, "_timed_frames", counted)
+    with VideoReader(path) as reader:
+        for index in range(60):
+            reader.read([index])
+        assert num_decoded == 60
+        reader.read(range(59, 30, -1))  # from the key frame 27 on
+        assert num_decoded <= 60 + 33
+        num_decoded = 0
+        reader.read([10])
+        reader.read([50])
+        assert num_decoded <= 2 * 9
 
 
 def test_index_errors_and_the_empty_list(tmp_path: Path) -> None:
@@ -626,6 +669,18 @@ def test_the_same_frames_give_the_same_bytes(tmp_path: Path, codec: str) -> None
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_groups_of_pictures_are_closed(tmp_path: Path) -> None:
+    path = write_part(tmp_path / "a.mp4", numbered_frames(1), preset="medium")
+    assert b"open_gop=0" in path.read_bytes()
+    # x265 opens its groups by default: its second key frame is then of type 21 instead of 19 or 20.
+    frames = np.zeros((256, 128, 128, 3), np.uint8)
+    path = write_part(tmp_path / "b.mp4", frames, codec="h265")
+    with av.open(str(path)) as container:
+        keys = [bytes(packet) for packet in container.demux(video=0) if packet.is_keyframe]
+    assert len(keys) == 2
+    assert keys[1][4] >> 1 in {19, 20}
+
+
 def test_settings_of_the_encoder_change_the_file(tmp_path: Path) -> None:
     frames = moving_frames(12)
     sizes = {
@@ -847,9 +902,10 @@ def test_sound_stays_in_sync(tmp_path: Path, silent_part: Path, kind: str) -> No
     assert again.read_bytes() == output.read_bytes()
 
 
-def test_copied_sound_has_the_same_packets(tmp_path: Path, silent_part: Path) -> None:
+@pytest.mark.parametrize("suffix", ["mp4", "mkv"])
+def test_copied_sound_has_the_same_packets(tmp_path: Path, silent_part: Path, suffix: str) -> None:
     source = write_media(
-        tmp_path / "source.mp4", numbered_frames(60), sound=tone_bursts(2.4, 44100)
+        tmp_path / f"source.{suffix}", numbered_frames(60), sound=tone_bursts(2.4, 44100)
     )
     output = tmp_path / "joined.mp4"
     join_videos([silent_part], output, audio=AudioSource(path=source))
@@ -858,6 +914,9 @@ def test_copied_sound_has_the_same_packets(tmp_path: Path, silent_part: Path) ->
         with av.open(str(path)) as container:
             return [bytes(packet) for packet in container.demux(audio=0) if packet.size]
 
+    with av.open(str(output)) as container:
+        times = [packet.pts for packet in container.demux(audio=0) if packet.size]
+    assert set(np.diff(times)) == {1024}
     copied = packets(output)
     assert copied == packets(source)[: len(copied)]
     assert len(copied) >= 2.4 * 44100 / 1024
@@ -876,8 +935,44 @@ def test_sound_files_begin_with_their_first_sound(tmp_path: Path, silent_part: P
         audio = AudioSource(path=source, start_s=0.25)
         assert join_videos([silent_part], output, audio=audio) == outcome
         assert burst_times(output) == pytest.approx([0.25, 1.25, 2.25], abs=ONE_PACKET_S)
-    source = write_cover_sound(tmp_path / "cover.mp3", sound)
-    assert join_videos([silent_part], output, audio=AudioSource(path=source)) == "copied"
+    late = write_media(tmp_path / "late.mka", sound=sound, sound_at_s=3)
+    cover = write_cover_sound(tmp_path / "cover.mp3", sound)
+    for source in (late, cover):
+        assert join_videos([silent_part], output, audio=AudioSource(path=source)) == "copied"
+        assert burst_times(output) == pytest.approx([0.5, 1.5], abs=2 * ONE_PACKET_S)
+
+
+def test_times_rounded_to_milliseconds_do_not_cut_up_the_sound(
+    tmp_path: Path, silent_part: Path
+) -> None:
+    """Placed by its rounded times, each packet would leave a gap or lose samples."""
+    tone = 0.5 * np.sin(2 * np.pi * 200 * np.arange(3 * 44100) / 44100)
+    source = write_media(
+        tmp_path / "source.mkv",
+        numbered_frames(60),
+        sound=np.repeat(tone[None].astype(np.float32), 2, axis=0),
+        sound_codec="pcm_s16le",
+    )
+    output = tmp_path / "joined.mp4"
+    join_videos([silent_part], output, audio=AudioSource(path=source))
+    with av.open(str(output)) as container:
+        heard = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    inner = slice(4000, 100_000)
+    np.testing.assert_allclose(heard[inner], tone[inner], atol=0.05)
+
+
+def test_resampled_sound_keeps_its_last_samples(tmp_path: Path, silent_part: Path) -> None:
+    source = write_media(
+        tmp_path / "source.wav",
+        sound=tone_bursts(1, 96000),
+        sound_codec="pcm_s16le",
+        sound_rate=96000,
+    )
+    output = tmp_path / "joined.mp4"
+    join_videos([silent_part], output, audio=AudioSource(path=source))
+    with av.open(str(output)) as container:
+        last = [packet for packet in container.demux(audio=0) if packet.size][-1]
+        assert last.pts + last.duration == 48000
 
 
 @pytest.mark.parametrize("codec", ["aac", "pcm_s16le"])

@@ -1,0 +1,1034 @@
+"""Finding, checking and loading a checkpoint: what loads is exact, what does not fit is named."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from hashlib import sha1
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
+from safetensors.torch import load_file, save_file
+from tiny import TINY_DEFAULTS, build_networks, build_tiny_pipeline, write_tiny_checkpoint
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from everanimate_cli import weights
+from everanimate_cli.errors import EverAnimateError, InputError, SettingsError, WeightsError
+from everanimate_cli.events import Event, Note
+from everanimate_cli.settings import HUB_MODEL, HUB_PRESET, LoraSpec, ModelDefaults
+from everanimate_cli.transformer import EverAnimateTransformer3DModel
+from everanimate_cli.weights import (
+    Geometry,
+    ModelSource,
+    check_checkpoint,
+    checkpoint_hash,
+    choose_device,
+    choose_dtype,
+    count_parameters,
+    load_image_processor,
+    load_pipeline,
+    locate_lora,
+    locate_model,
+    read_geometry,
+    weights_mib,
+)
+
+NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
+CPU = torch.device("cpu")
+TO_Q = "blocks.0.attn1.to_q.weight"
+TRANSFORMER_FILE = "transformer/diffusion_pytorch_model.safetensors"
+VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
+ADVICE = "Give a complete Wan2.2-Animate checkpoint."
+LAYOUT = "Give a complete checkpoint in diffusers layout."
+
+
+def ignore(_event: Event) -> None:
+    """An `on_event` for nobody."""
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that no test may change."""
+    return write_tiny_checkpoint(tmp_path_factory.mktemp("original") / "tiny")
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it, `tiny` in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(original, tmp_path / "tiny"))
+
+
+@pytest.fixture
+def source(folder: Path) -> ModelSource:
+    assert folder.is_dir()
+    return ModelSource(folder=Path("tiny"), defaults=TINY_DEFAULTS, name="tiny")
+
+
+def edit_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edit_tensors(path: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+def rename_tensors(path: Path, pattern: str, replacement: str) -> None:
+    renamed = {re.sub(pattern, replacement, key): value for key, value in load_file(path).items()}
+    save_file(renamed, path, {"format": "pt"})
+
+
+def split_in_two(path: Path) -> None:
+    """Turn a weight file into two shards with an index, as diffusers saves large networks."""
+    tensors = sorted(load_file(path).items())
+    weight_map = {}
+    for number, part in enumerate((tensors[::2], tensors[1::2]), start=1):
+        name = f"{path.stem}-0000{number}-of-00002.safetensors"
+        save_file(dict(part), path.with_name(name), {"format": "pt"})
+        weight_map |= {key: name for key, _ in part}
+    index = {"metadata": {}, "weight_map": weight_map}
+    path.with_name(f"{path.name}.index.json").write_text(json.dumps(index))
+    path.unlink()
+
+
+def message_of(error: type[EverAnimateError], call: Callable[[], object]) -> str:
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# --- loading -------------------------------------------------------------------------------------
+
+
+def assert_same_weights(network: nn.Module, expected: nn.Module) -> None:
+    torch.testing.assert_close(network.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_a_folder_is_found_with_its_own_defaults(folder: Path) -> None:
+    source = locate_model("tiny", ignore)
+    assert source == ModelSource(
+        folder=Path("tiny"), defaults=TINY_DEFAULTS, name="tiny", revision=None
+    )
+    (folder / "everanimate.json").unlink()
+    assert locate_model("./tiny", ignore).defaults == HUB_PRESET
+
+
+def test_loading_gives_exactly_the_saved_networks(
+    source: ModelSource, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pipeline = load_pipeline(source, [], CPU, torch.float32)
+    assert capfd.readouterr() == ("", "")  # the libraries' bars and remarks stay off the console
+    expected = build_tiny_pipeline()
+    assert type(pipeline.transformer) is EverAnimateTransformer3DModel
+    for name in NETWORKS:
+        network = getattr(pipeline, name)
+        assert_same_weights(network, getattr(expected, name))
+        assert not network.training
+        assert not any(parameter.requires_grad for parameter in network.parameters())
+    prompt = TINY_DEFAULTS.prompt
+    assert torch.equal(pipeline.encode_prompt(prompt), expected.encode_prompt(prompt))
+    assert pipeline.device == CPU
+    assert pipeline.image_processor is None
+
+
+def test_in_bfloat16_the_vae_and_some_layers_stay_float32(source: ModelSource) -> None:
+    pipeline = load_pipeline(source, [], CPU, torch.bfloat16)
+    dtypes = {name: {p.dtype for p in getattr(pipeline, name).parameters()} for name in NETWORKS}
+    assert dtypes == {
+        "transformer": {torch.bfloat16, torch.float32},
+        "vae": {torch.float32},
+        "text_encoder": {torch.bfloat16},
+        "image_encoder": {torch.bfloat16},
+    }
+    kept = {n for n, p in pipeline.transformer.named_parameters() if p.dtype == torch.float32}
+    assert "blocks.0.scale_shift_table" in kept
+    assert TO_Q not in kept
+    # The estimate of --dry-run, made from the headers, is what was loaded.
+    in_memory = {
+        name: sum(p.numel() * p.element_size() for p in getattr(pipeline, name).parameters())
+        for name in NETWORKS
+    }
+    expected = weights_mib(source, torch.bfloat16)
+    assert in_memory == {name: mib * 2**20 for name, mib in expected.items()}
+
+
+def test_counting_needs_no_weights(source: ModelSource) -> None:
+    networks = build_networks()
+    expected = {name: sum(p.numel() for p in networks[name].parameters()) for name in NETWORKS}
+    assert count_parameters(source) == expected
+    assert weights_mib(source, torch.float32) == {
+        name: count * 4 / 2**20 for name, count in expected.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda: split_in_two(Path("tiny", TRANSFORMER_FILE)), id="shards"),
+        pytest.param(lambda: split_in_two(Path("tiny/text_encoder/model.safetensors")), id="t5"),
+        pytest.param(
+            lambda: edit_json(
+                Path("tiny/transformer/config.json"), _class_name="EverAnimateTransformer3DModel"
+            ),
+            id="our own class",
+        ),
+        pytest.param(
+            lambda: edit_tensors(
+                Path("tiny", TRANSFORMER_FILE),
+                lambda t: t.update({"blocks.0.attn2.norm_added_q.weight": torch.zeros(3)}),
+            ),
+            id="norm_added_q",
+        ),
+        pytest.param(
+            lambda: rename_tensors(
+                Path("tiny/image_encoder/model.safetensors"), "^", "vision_model."
+            ),
+            id="CLIP as transformers 4 writes it",
+        ),
+        pytest.param(
+            lambda: edit_tensors(
+                Path("tiny/image_encoder/model.safetensors"),
+                lambda t: t.update({"visual_projection.weight": torch.zeros(4, 28)}),
+            ),
+            id="CLIP with projection",
+        ),
+        pytest.param(
+            lambda: rename_tensors(
+                Path("tiny/text_encoder/model.safetensors"),
+                "^shared",
+                "encoder.embed_tokens",
+            ),
+            id="T5's other name",
+        ),
+    ],
+)
+def test_other_spellings_load_alike(source: ModelSource, change: Callable[[], object]) -> None:
+    change()
+    pipeline = load_pipeline(source, [], CPU, torch.float32)
+    expected = build_tiny_pipeline()
+    for name in NETWORKS:
+        assert_same_weights(getattr(pipeline, name), getattr(expected, name))
+
+
+def test_the_image_processor_is_stocks_and_needs_no_torchvision(source: ModelSource) -> None:
+    pipeline = load_pipeline(source, [], CPU, torch.float32, with_image_processor=True)
+    picture_u8 = torch.randint(0, 256, (40, 50, 3), dtype=torch.uint8).numpy()
+    tokens = pipeline.encode_clip_as_stock(picture_u8)
+    torch.testing.assert_close(
+        tokens, build_tiny_pipeline().encode_clip_as_stock(picture_u8), rtol=0, atol=0
+    )
+    assert "Pil" in type(pipeline.image_processor).__name__
+    Path("tiny/image_processor/preprocessor_config.json").write_text("{")
+    assert message_of(WeightsError, lambda: load_image_processor(source)) == (
+        f"--model tiny: image_processor cannot be loaded. {LAYOUT}"
+    )
+
+
+# --- what does not fit ---------------------------------------------------------------------------
+
+
+def drop(*keys: str) -> Callable[[dict[str, Tensor]], object]:
+    return lambda tensors: [tensors.pop(key) for key in keys]
+
+
+def drop_all(tensors: dict[str, Tensor]) -> None:
+    tensors.clear()
+
+
+def make_pickle() -> None:
+    Path("tiny", VAE_FILE).rename("tiny/vae/diffusion_pytorch_model.bin")
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+REFUSALS: dict[str, tuple[Callable[[], object], str]] = {
+    "missing weights": (
+        lambda: edit_tensors(
+            Path("tiny", TRANSFORMER_FILE),
+            drop(*(f"blocks.{i}.attn1.to_q.weight" for i in range(4))),
+        ),
+        "--model tiny: the weights in transformer are not those of its config.json: 4 missing "
+        "(first: blocks.0.attn1.to_q.weight, blocks.1.attn1.to_q.weight, "
+        f"blocks.2.attn1.to_q.weight). {ADVICE}",
+    ),
+    "unexpected weights": (
+        lambda: edit_tensors(
+            Path("tiny", VAE_FILE), lambda t: t.update({"encoder.extra": torch.zeros(2)})
+        ),
+        "--model tiny: the weights in vae are not those of its config.json: 1 unexpected "
+        f"(encoder.extra). {ADVICE}",
+    ),
+    "other shape": (
+        lambda: edit_tensors(
+            Path("tiny", TRANSFORMER_FILE), lambda t: t.update({TO_Q: torch.zeros(48, 47)})
+        ),
+        "--model tiny: the weights in transformer are not those of its config.json: 1 of another "
+        f"shape (blocks.0.attn1.to_q.weight is [48, 47], not [48, 48]). {ADVICE}",
+    ),
+    "two problems at once": (
+        lambda: rename_tensors(
+            Path("tiny/image_encoder/model.safetensors"), "^pre_layrnorm.", "pre_layernorm."
+        ),
+        "--model tiny: the weights in image_encoder are not those of its config.json: 2 missing "
+        "(pre_layrnorm.bias, pre_layrnorm.weight), 2 unexpected "
+        f"(pre_layernorm.bias, pre_layernorm.weight). {ADVICE}",
+    ),
+    "no embedding": (
+        lambda: edit_tensors(
+            Path("tiny/text_encoder/model.safetensors"),
+            lambda t: [t.pop(key) for key in list(t) if "shared" in key or "embed_tokens" in key],
+        ),
+        "--model tiny: the weights in text_encoder are not those of its config.json: 1 missing "
+        f"(shared.weight). {ADVICE}",
+    ),
+    "no folder": (
+        lambda: shutil.rmtree("tiny/vae"),
+        f"--model tiny has no folder vae. {LAYOUT}",
+    ),
+    "no config": (
+        lambda: Path("tiny/vae/config.json").unlink(),
+        "tiny/vae/config.json cannot be read: No such file or directory.",
+    ),
+    "config is no JSON": (
+        lambda: Path("tiny/vae/config.json").write_text("{"),
+        "tiny/vae/config.json cannot be read: it holds no JSON object.",
+    ),
+    "config is a list": (
+        lambda: Path("tiny/vae/config.json").write_text("[]"),
+        "tiny/vae/config.json cannot be read: it holds no JSON object.",
+    ),
+    "other network": (
+        lambda: edit_json(
+            Path("tiny/transformer/config.json"), _class_name="WanTransformer3DModel"
+        ),
+        "--model tiny: transformer/config.json describes WanTransformer3DModel, not "
+        "WanAnimateTransformer3DModel. Give a Wan2.2-Animate checkpoint.",
+    ),
+    "other text encoder": (
+        lambda: edit_json(Path("tiny/text_encoder/config.json"), architectures=["T5EncoderModel"]),
+        "--model tiny: text_encoder/config.json describes T5EncoderModel, not UMT5EncoderModel. "
+        "Give a Wan2.2-Animate checkpoint.",
+    ),
+    "no class": (
+        lambda: edit_json(Path("tiny/image_encoder/config.json"), architectures=None),
+        "--model tiny: image_encoder/config.json describes no network, not CLIPVisionModel. "
+        "Give a Wan2.2-Animate checkpoint.",
+    ),
+    "pickles only": (
+        make_pickle,
+        "--model tiny: vae holds pickled weights only (diffusion_pytorch_model.bin), which can "
+        "run code when they are opened. Convert them to safetensors.",
+    ),
+    "no weights": (
+        lambda: Path("tiny", VAE_FILE).unlink(),
+        f"--model tiny has no {VAE_FILE}. {LAYOUT}",
+    ),
+    "shard missing": (
+        lambda: (
+            split_in_two(Path("tiny", VAE_FILE)),
+            Path("tiny/vae/diffusion_pytorch_model-00002-of-00002.safetensors").unlink(),
+        ),
+        "--model tiny: vae lacks 1 of its 2 weight files "
+        "(diffusion_pytorch_model-00002-of-00002.safetensors). Download them.",
+    ),
+    "index is none": (
+        lambda: Path(f"tiny/{VAE_FILE}.index.json").write_text("[]"),
+        f"tiny/{VAE_FILE}.index.json cannot be read: it is no index of weights.",
+    ),
+    "not safetensors": (
+        lambda: Path("tiny", VAE_FILE).write_bytes(b"version https://git-lfs.github.com/spec/v1"),
+        f"tiny/{VAE_FILE} is not a safetensors file. Give one.",
+    ),
+    "no tokenizer": (
+        lambda: Path("tiny/tokenizer/tokenizer.json").unlink(),
+        f"--model tiny has no tokenizer/tokenizer.json. {LAYOUT}",
+    ),
+    "damaged tokenizer": (
+        lambda: Path("tiny/tokenizer/tokenizer.json").write_text("{"),
+        f"--model tiny: tokenizer cannot be loaded. {LAYOUT}",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_come_before_any_weight_is_read(
+    source: ModelSource, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("weights are read")
+
+    for network_class in (EverAnimateTransformer3DModel, AutoencoderKLWan):
+        monkeypatch.setattr(network_class, "from_pretrained", fail)
+    damage, message = REFUSALS[name]
+    damage()
+    call = partial(load_pipeline, source, [], CPU, torch.float32)
+    assert message_of(WeightsError, call) == message
+
+
+def test_a_config_that_describes_nothing_is_refused(source: ModelSource) -> None:
+    edit_json(Path("tiny/image_encoder/config.json"), num_attention_heads=5)
+    message = message_of(WeightsError, lambda: check_checkpoint(source))
+    start = "--model tiny: no network can be built from image_encoder/config.json: "
+    assert message.startswith(start)
+    assert "28" in message  # the library's own words say what is wrong
+
+
+def test_a_cut_file_is_refused(source: ModelSource) -> None:
+    path = Path("tiny", TRANSFORMER_FILE)
+    size = path.stat().st_size
+    cut_short(path)
+    assert message_of(WeightsError, lambda: check_checkpoint(source)) == (
+        f"tiny/{TRANSFORMER_FILE} has {size - 5} bytes where its header announces {size}. "
+        "Download it again."
+    )
+
+
+def test_networks_of_two_models_are_refused(source: ModelSource) -> None:
+    AutoencoderKLWan(
+        base_dim=4, z_dim=5, num_res_blocks=1, latents_mean=[0.0] * 5, latents_std=[1.0] * 5
+    ).save_pretrained("tiny/vae")
+    assert message_of(WeightsError, lambda: check_checkpoint(source)) == (
+        "--model tiny: vae has z_dim 5, but transformer has latent_channels 6. "
+        "Give networks of one model."
+    )
+
+
+def test_what_the_library_does_not_recognise_is_refused(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The headers may be right and a loader still leave weights at random, without an error."""
+    load = WanAnimateTransformer3DModel.from_pretrained.__func__
+
+    def forget(cls: type, *args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, list[str]]]:
+        network, report = load(cls, *args, **kwargs)
+        return network, report | {"missing_keys": [TO_Q]}
+
+    monkeypatch.setattr(EverAnimateTransformer3DModel, "from_pretrained", classmethod(forget))
+    call = partial(load_pipeline, source, [], CPU, torch.float32)
+    assert message_of(WeightsError, call) == (
+        "--model tiny: the weights in transformer are not those of its config.json: 1 missing "
+        f"({TO_Q}). {ADVICE}"
+    )
+
+
+# --- LoRA ----------------------------------------------------------------------------------------
+
+
+def write_lora(path: Path, **matrices: Tensor) -> Path:
+    save_file({key.replace("__", "."): value for key, value in matrices.items()}, path)
+    return path
+
+
+def test_loras_are_added_one_after_the_other(source: ModelSource) -> None:
+    generator = torch.Generator().manual_seed(0)
+    down, up, down2, up2 = (
+        torch.randn(shape, generator=generator) for shape in ((2, 48), (48, 2), (3, 48), (48, 3))
+    )
+    first = write_lora(
+        Path("a.safetensors"),
+        blocks__0__self_attn__q__lora_A__default__weight=down,
+        blocks__0__self_attn__q__lora_B__default__weight=up,
+    )
+    second = write_lora(
+        Path("b.safetensors"),
+        diffusion_model__blocks__0__self_attn__q__lora_A__weight=down2,
+        diffusion_model__blocks__0__self_attn__q__lora_B__weight=up2,
+    )
+    loras = [(LoraSpec("a.safetensors", 0.5), first), (LoraSpec("b.safetensors", -2.0), second)]
+    fused = load_pipeline(source, loras, CPU, torch.float32).transformer.state_dict()
+    plain = load_pipeline(source, [], CPU, torch.float32).transformer.state_dict()
+    torch.testing.assert_close(fused.pop(TO_Q), plain.pop(TO_Q) + 0.5 * up @ down - 2 * up2 @ down2)
+    torch.testing.assert_close(fused, plain, rtol=0, atol=0)
+
+
+def test_a_lora_that_does_not_fit_is_refused_before_any_weight_is_read(
+    source: ModelSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EverAnimateTransformer3DModel, "from_pretrained", None)
+    path = write_lora(
+        Path("a.safetensors"),
+        blocks__9__self_attn__q__lora_A__default__weight=torch.zeros(2, 48),
+        blocks__9__self_attn__q__lora_B__default__weight=torch.zeros(48, 2),
+    )
+    loras = [(LoraSpec("a.safetensors"), path)]
+    call = partial(load_pipeline, source, loras, CPU, torch.float32)
+    assert message_of(WeightsError, call) == (
+        "LoRA a.safetensors: 2 of its 2 keys have no place in the network "
+        "(blocks.9.self_attn.q.lora_A.default.weight, "
+        "blocks.9.self_attn.q.lora_B.default.weight). Give a LoRA made for Wan2.2-Animate."
+    )
+    write_lora(
+        path,
+        blocks__0__self_attn__q__lora_A__default__weight=torch.zeros(2, 40),
+        blocks__0__self_attn__q__lora_B__default__weight=torch.zeros(48, 2),
+    )
+    assert message_of(WeightsError, call) == (
+        "LoRA a.safetensors: 1 of its 1 layers have another shape than the network "
+        "(blocks.0.self_attn.q.lora_B.default.weight for [48, 48]). "
+        "Give a LoRA made for this network's size."
+    )
+
+
+def test_a_local_lora_is_found(folder: Path) -> None:
+    path = write_lora(folder.parent / "a.safetensors", a=torch.zeros(1))
+    assert locate_lora(LoraSpec(str(path), 0.5)) == path
+    assert message_of(InputError, lambda: locate_lora(LoraSpec("b.safetensors"))) == (
+        "--lora b.safetensors does not exist. "
+        "Give a .safetensors file or a Hub id, with its strength as FILE=SCALE."
+    )
+
+
+# --- device, dtype, sizes, fingerprint -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("has_cuda", "has_mps", "chosen"),
+    [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_the_best_device_is_chosen(
+    has_cuda: bool, has_mps: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    assert choose_device("auto") == torch.device(chosen)
+    assert choose_device("cpu") == CPU
+    if not has_cuda:
+        known = "mps, cpu" if has_mps else "cpu"
+        assert message_of(SettingsError, lambda: choose_device("cuda")) == (
+            f"--device cuda is not available: torch {torch.__version__} finds {known}. "
+            "Give one of these or auto, or install a torch build for cuda."
+        )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "device", "chosen"),
+    [
+        ("auto", "cuda", torch.bfloat16),
+        ("auto", "mps", torch.float32),
+        ("auto", "cpu", torch.float32),
+        ("float16", "cuda", torch.float16),
+        ("bfloat16", "cpu", torch.bfloat16),
+        ("float32", "cuda", torch.float32),
+    ],
+)
+def test_dtype(dtype: Any, device: str, chosen: torch.dtype) -> None:
+    assert choose_dtype(dtype, torch.device(device)) == chosen
+
+
+def test_geometry(source: ModelSource) -> None:
+    assert read_geometry(source) == Geometry(
+        size_multiple=16, face_size=16, inner_dim=48, ffn_dim=96, decoder_channels=4
+    )
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak of all tensors that are alive at once, but for a network's own weights."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        own = [*network.parameters(), *network.buffers()]
+        self.own = {tensor.untyped_storage()._cdata for tensor in own}
+        self.sizes: dict[int, int] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.own and storage._cdata not in self.sizes:
+                    self.sizes[storage._cdata] = storage.nbytes()
+                    weakref.finalize(storage, self.sizes.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.sizes.values()))
+        return result
+
+
+def test_the_memory_estimate_is_near_what_is_counted(source: ModelSource) -> None:
+    """On fake tensors at the released size: no memory, and the same code as for real."""
+    height, width, frames_per_chunk, num_slots = 480, 832, 77, 20
+    geometry = read_geometry(source)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        networks = build_networks()
+        transformer, vae = networks["transformer"], networks["vae"]
+        config = transformer.config
+        cells = (height // 8, width // 8)
+        with LiveBytes(transformer) as step:
+            transformer(
+                torch.empty(1, config.in_channels, 4 + num_slots, *cells),
+                torch.tensor([500.0]),
+                torch.empty(1, 512, config.text_dim),
+                torch.empty(1, 17, config.image_dim),
+                torch.empty(1, 48, num_slots, height // 16, width // 16),
+                torch.empty(1, num_slots, 5, 48),
+            )
+        with LiveBytes(vae) as decoding:
+            vae.decode(torch.empty(1, config.latent_channels, num_slots, *cells))
+    step_mib = geometry.step_mib(height, width, frames_per_chunk, 4, torch.float32)
+    assert step_mib == pytest.approx(step.peak / 2**20, rel=0.25)
+    decode_mib = geometry.decode_mib(height, width, frames_per_chunk)
+    assert decode_mib == pytest.approx(decoding.peak / 2**20, rel=0.25)
+    working_set_mib = geometry.working_set_mib(
+        height, width, frames_per_chunk=77, num_identity_slots=4, dtype=torch.float32
+    )
+    assert working_set_mib == max(step_mib, decode_mib)
+
+
+def test_the_fingerprint_follows_the_weights_and_not_the_place(
+    source: ModelSource, original: Path
+) -> None:
+    first = checkpoint_hash(source)
+    assert re.fullmatch(r"[0-9a-f]{64}", first)
+    elsewhere = ModelSource(folder=original, defaults=HUB_PRESET, name="another")
+    Path("tiny/everanimate.json").unlink()
+    Path("tiny/README.md").write_text("not loaded")
+    assert checkpoint_hash(source) == checkpoint_hash(elsewhere) == first
+
+    seen = {first}
+    edit_tensors(Path("tiny", TRANSFORMER_FILE), lambda t: t[TO_Q].add_(1))
+    seen.add(checkpoint_hash(source))
+    edit_json(Path("tiny/vae/config.json"), latents_mean=[0.0] * 6)
+    seen.add(checkpoint_hash(source))
+    edit_json(Path("tiny/tokenizer/tokenizer_config.json"), pad_token="</s>")
+    seen.add(checkpoint_hash(source))
+    assert len(seen) == 4
+
+
+def test_the_fingerprint_reads_little_of_a_large_file(source: ModelSource) -> None:
+    path = Path("tiny", TRANSFORMER_FILE)
+    with path.open("r+b") as file:
+        file.truncate(20 * 2**30)  # sparse
+    started_s = time.monotonic()
+    first = checkpoint_hash(source)
+    assert time.monotonic() - started_s < 2
+    with path.open("r+b") as file:
+        file.seek(10 * 2**30)
+        file.write(b"another")
+    assert checkpoint_hash(source) != first
+
+
+# --- Hub -----------------------------------------------------------------------------------------
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+OFFLINE_HINT = "or use --model toy, which works offline."
+
+
+class Hub:
+    """As much of the Hub's API as a download needs, for files in memory.
+
+    Attributes:
+        repositories: Repository -> path -> content.
+        refused: What every request is answered with instead: status and headers.
+        files_refused: What requests for files are answered with instead.
+        num_requests: Requests for repositories and files so far.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.refused: tuple[int, dict[str, str]] | None = None
+        self.files_refused: tuple[int, dict[str, str]] | None = None
+        self.num_requests = 0
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        api = re.fullmatch(r"/api/models/(\w+/\w+)/(revision|tree)/([\w.]+)(?:\?.*)?", path)
+        file = re.fullmatch(r"/(\w+/\w+)/resolve/[\w.]+/(.+)", path)
+        if api is None and file is None:  # the library also asks about other things now and then
+            return 404, {}, b""
+        self.num_requests += 1
+        if self.refused is not None:
+            return *self.refused, b""
+        if api is not None:
+            return self.describe(*api.groups())
+        assert file is not None
+        if self.files_refused is not None:
+            return *self.files_refused, b""
+        content = self.repositories[file[1]][file[2]]
+        return 200, {"ETag": f'"{sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, content
+
+    def describe(
+        self, repository: str, kind: str, revision: str
+    ) -> tuple[int, dict[str, str], bytes]:
+        files = self.repositories.get(repository)
+        if files is None:
+            return 401, {"X-Error-Message": "Invalid username or password."}, b""
+        if revision not in ("main", "v1", COMMIT):
+            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        described: object
+        if kind == "revision":
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            described = {"id": repository, "sha": COMMIT, "siblings": siblings}
+        else:
+            described = [
+                {"type": "file", "path": name, "size": len(data), "oid": sha1(data).hexdigest()}
+                for name, data in files.items()
+            ]
+        return 200, {"Content-Type": "application/json"}, json.dumps(described).encode()
+
+    def add(self, repository: str, folder: Path) -> None:
+        self.repositories[repository] = {
+            path.relative_to(folder).as_posix(): path.read_bytes()
+            for path in folder.rglob("*")
+            if path.is_file()
+        }
+
+
+@pytest.fixture(scope="module")
+def hub_server() -> Iterator[tuple[str, list[Hub]]]:
+    """Address of a server, and the hub that it answers for."""
+    current: list[Hub] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            status, headers, content = current[-1].answer(self.path)
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(content))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_args: object) -> None:
+            """Keep the test's output clean."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}", current
+    server.shutdown()
+
+
+def use_hub(address: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Read from the environment when the library is imported; a test below does it that way.
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+
+
+@pytest.fixture
+def hub(hub_server: tuple[str, list[Hub]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """An empty Hub, with an empty cache in the folder `cache`."""
+    address, current = hub_server
+    current[:] = [Hub()]
+    use_hub(address, tmp_path / "cache", monkeypatch)
+    return current[0]
+
+
+@pytest.fixture
+def no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The empty cache of a machine that reaches no Hub."""
+    use_hub("http://127.0.0.1:9", tmp_path / "cache", monkeypatch)
+    return tmp_path / "cache"
+
+
+def address() -> str:
+    return huggingface_hub.constants.ENDPOINT
+
+
+def test_a_model_is_downloaded_once_and_then_needs_no_network(
+    hub: Hub, original: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.add("owner/tiny", original)
+    hub.repositories["owner/tiny"] |= {
+        "transformer/diffusion_pytorch_model.bin": b"a pickle",
+        "assets/film.mp4": b"not needed",
+    }
+    events: list[Event] = []
+    source = locate_model("owner/tiny", events.append)
+    assert capfd.readouterr() == ("", "")
+    assert source.revision == COMMIT
+    assert source.defaults == TINY_DEFAULTS
+    files = {
+        path.relative_to(source.folder).as_posix()
+        for path in source.folder.rglob("*")
+        if path.is_file()
+    }
+    assert files == {
+        path.relative_to(original).as_posix() for path in original.rglob("*") if path.is_file()
+    }
+    texts = [event.text for event in events if isinstance(event, Note)]
+    assert texts[0] == f"downloading owner/tiny: 0.00 GB to {tmp_path / 'cache'}"
+    assert texts[1:]
+    assert all(text == "downloaded 0.00 of 0.00 GB" for text in texts[1:])
+    assert len(texts) <= 10
+    load_pipeline(source, [], CPU, torch.float32)
+
+    num_requests = hub.num_requests
+    assert locate_model("owner/tiny", ignore) == source
+    assert locate_model(f"owner/tiny@{COMMIT}", ignore).folder == source.folder
+    assert hub.num_requests == num_requests
+    assert locate_model("owner/tiny@v1", ignore).revision == COMMIT
+    assert hub.num_requests > num_requests
+
+
+def test_a_download_tells_how_far_it_is() -> None:
+    events: list[Event] = []
+    progress = weights._progress_class(2 * 10**9, events.append)
+    with progress(total=3, unit="it") as files, progress(total=0, unit="B") as num_bytes:
+        assert files.disable
+        assert num_bytes.disable
+        for _ in range(3):
+            files.update()
+        for _ in range(40):
+            num_bytes.update(5 * 10**7)
+    assert events == [
+        Note(text=f"downloaded {tenth * 0.2:.2f} of 2.00 GB") for tenth in range(1, 10)
+    ]
+
+
+def test_a_partial_download_is_completed(
+    hub: Hub, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("owner/tiny", original)
+    source = locate_model("owner/tiny", ignore)
+    (source.folder / VAE_FILE).unlink()
+    hub.refused = (503, {})
+    assert message_of(WeightsError, lambda: locate_model("owner/tiny", ignore)) == (
+        f"--model owner/tiny cannot be downloaded: {address()} answered 503. Try again later."
+    )
+    hub.refused = None
+    assert locate_model("owner/tiny", ignore) == source
+    assert (source.folder / VAE_FILE).read_bytes() == (original / VAE_FILE).read_bytes()
+    # A cache that does not remember what belongs to the snapshot; moved, since the process does.
+    (source.folder / VAE_FILE).unlink()
+    (tree,) = source.folder.parents[1].glob("trees/*")
+    tree.unlink()
+    moved = (tmp_path / "cache").rename(tmp_path / "moved")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(moved))
+    assert (locate_model("owner/tiny", ignore).folder / VAE_FILE).is_file()
+
+
+def test_a_partial_download_without_network(
+    hub: Hub, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("owner/tiny", original)
+    (locate_model("owner/tiny", ignore).folder / VAE_FILE).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert message_of(WeightsError, lambda: locate_model("owner/tiny", ignore)) == (
+        f"--model owner/tiny is only partly in the cache ({tmp_path / 'cache'}) and "
+        "HF_HUB_OFFLINE is set. Unset it to download it, give a checkpoint folder, "
+        f"{OFFLINE_HINT}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "refused", "message"),
+    [
+        (
+            "owner/wrong",
+            None,
+            "--model owner/wrong is not on {hub}, or is private. "
+            "Check the name, or log in with 'hf auth login'.",
+        ),
+        (
+            "owner/tiny@v9",
+            None,
+            "--model owner/tiny@v9 has no revision v9. Give a branch, a tag or a commit after '@'.",
+        ),
+        (
+            "owner/lora",
+            None,
+            "--model owner/lora has no transformer/config.json. "
+            "Give a repository in diffusers layout.",
+        ),
+        (
+            "owner/tiny",
+            (403, {"X-Error-Code": "GatedRepo"}),
+            "--model owner/tiny is gated. Ask for access at {hub}/owner/tiny, "
+            "then log in with 'hf auth login'.",
+        ),
+        (
+            "owner/tiny",
+            (500, {}),
+            "--model owner/tiny cannot be downloaded: {hub} answered 500. Try again later.",
+        ),
+    ],
+)
+def test_the_hubs_refusals(
+    hub: Hub,
+    original: Path,
+    model: str,
+    refused: tuple[int, dict[str, str]] | None,
+    message: str,
+) -> None:
+    hub.add("owner/tiny", original)
+    hub.repositories["owner/lora"] = {"a.safetensors": b"weights"}
+    hub.refused = refused
+    call = partial(locate_model, model, ignore)
+    assert message_of(WeightsError, call) == message.format(hub=address())
+
+
+def test_a_gated_repository_shows_its_files_but_gives_none(hub: Hub, original: Path) -> None:
+    hub.add("owner/tiny", original)
+    hub.files_refused = (401, {"X-Error-Code": "GatedRepo"})
+    assert message_of(WeightsError, lambda: locate_model("owner/tiny", ignore)) == (
+        f"--model owner/tiny is gated. Ask for access at {address()}/owner/tiny, "
+        "then log in with 'hf auth login'."
+    )
+
+
+def test_a_download_that_breaks_off(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": b"weights"}
+
+    def break_off(*_args: object, local_files_only: bool = False, **_kwargs: object) -> None:
+        if local_files_only:
+            raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", break_off)
+    call = partial(locate_lora, LoraSpec("owner/lora/a.safetensors"))
+    error: Exception = RuntimeError("Data processing error: connection reset.\nSee the log.")
+    assert message_of(WeightsError, call) == (
+        "--lora owner/lora/a.safetensors: the download broke off (Data processing error: "
+        "connection reset). Run the same command again; finished files are kept."
+    )
+    error = OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):  # the command line says what to do
+        call()
+
+
+@pytest.mark.parametrize(
+    ("model", "size"), [(HUB_MODEL, " (about 82 GB)"), ("owner/name@v1", "")], ids=["base", "other"]
+)
+def test_without_a_network(
+    no_network: Path, model: str, size: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = partial(locate_model, model, ignore)
+    started_s = time.monotonic()
+    assert message_of(WeightsError, call) == (
+        f"--model {model} is not in the cache ({no_network}) and http://127.0.0.1:9 cannot be "
+        f"reached. Connect to the network to download it{size}, give a checkpoint folder, "
+        f"{OFFLINE_HINT}"
+    )
+    assert time.monotonic() - started_s < 2  # the library's own retries take 23 s
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert message_of(WeightsError, call) == (
+        f"--model {model} is not in the cache ({no_network}) and HF_HUB_OFFLINE is set. "
+        f"Unset it to download it{size}, give a checkpoint folder, {OFFLINE_HINT}"
+    )
+
+
+def test_a_lora_without_a_network(no_network: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = HUB_PRESET.lora[0]
+    assert message_of(WeightsError, lambda: locate_lora(spec)) == (
+        f"--lora {spec.source} is not in the cache ({no_network}) and http://127.0.0.1:9 cannot "
+        "be reached. Connect to the network to download it, give a .safetensors file, "
+        f"{OFFLINE_HINT}"
+    )
+    call = partial(locate_lora, LoraSpec("owner/lora"))
+    advice = "to see its files, or give owner/lora/PATH/TO/FILE.safetensors."
+    assert message_of(WeightsError, call) == (
+        "--lora owner/lora names no file and http://127.0.0.1:9 cannot be reached. "
+        f"Connect to the network {advice}"
+    )
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert message_of(WeightsError, call) == (
+        f"--lora owner/lora names no file and HF_HUB_OFFLINE is set. Unset it {advice}"
+    )
+
+
+def test_a_lora_from_the_hub(hub: Hub) -> None:
+    hub.repositories["owner/lora"] = {
+        "README.md": b"words",
+        "ckpts/a.safetensors": b"weights a",
+        "b.safetensors": b"weights b",
+    }
+    path = locate_lora(LoraSpec("owner/lora/ckpts/a.safetensors", 0.5))
+    assert path.read_bytes() == b"weights a"
+    num_requests = hub.num_requests
+    assert locate_lora(LoraSpec(f"owner/lora/ckpts/a.safetensors@{COMMIT}")) == path
+    assert hub.num_requests == num_requests
+    known = "Known: owner/lora/ckpts/a.safetensors, owner/lora/b.safetensors."
+    assert message_of(WeightsError, lambda: locate_lora(LoraSpec("owner/lora"))) == (
+        f"--lora owner/lora names no file. {known}"
+    )
+    assert message_of(
+        WeightsError, lambda: locate_lora(LoraSpec("owner/lora/c.safetensors@v1"))
+    ) == (f"--lora owner/lora/c.safetensors@v1 has no c.safetensors. {known}")
+    hub.repositories["owner/words"] = {"README.md": b"words"}
+    assert message_of(WeightsError, lambda: locate_lora(LoraSpec("owner/words"))) == (
+        "--lora owner/words names no file. Known: no .safetensors file."
+    )
+
+
+@pytest.mark.parametrize("locate", [locate_model, lambda name, _: locate_lora(LoraSpec(name))])
+def test_a_name_that_no_repository_can_have(locate: Callable[..., object]) -> None:
+    message = message_of(SettingsError, lambda: locate("owner/two--dashes", ignore))
+    assert message.partition(" ")[2] == (
+        "owner/two--dashes is not a valid name of a Hub repository."
+    )
+
+
+def test_an_unknown_name() -> None:
+    assert message_of(SettingsError, lambda: locate_model("toyy", ignore)) == (
+        "--model toyy is unknown. Give 'toy' (embedded, works offline), a checkpoint folder, "
+        f"or a Hub id such as {HUB_MODEL}."
+    )
+
+
+def test_the_toy_is_embedded(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(weights, "TOY_FOLDER", original)
+    source = locate_model("toy", ignore)
+    assert (source.folder, source.name, source.revision) == (original, "toy", None)
+    assert isinstance(source.defaults, ModelDefaults)
+    monkeypatch.setattr(weights, "TOY_FOLDER", tmp_path / "gone")
+    assert message_of(WeightsError, lambda: locate_model("toy", ignore)) == (
+        f"--model toy is missing in this installation ({tmp_path / 'gone'}). "
+        "Install everanimate again."
+    )
+
+
+def test_the_environment_counts_and_stderr_stays_clean(tmp_path: Path) -> None:
+    """The library reads the environment when it is imported, and would log every retry."""
+    code = (
+        "from everanimate_cli.weights import locate_model\n"
+        "from everanimate_cli.errors import WeightsError\n"
+        "import sys, time\n"
+        "sys.stderr.write('begin\\n')\n"
+        "started_s = time.monotonic()\n"
+        f"try: locate_model('{HUB_MODEL}@{COMMIT}', print)\n"
+        "except WeightsError as error: print(error)\n"
+        "assert time.monotonic() - started_s < 5\n"
+    )
+    environment = {
+        "PATH": "",
+        "PYTHONPATH": str(Path(weights.__file__).parents[1]),
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HOME": str(tmp_path),
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == (
+        f"--model {HUB_MODEL}@{COMMIT} is not in the cache ({tmp_path / 'hub'}) and "
+        "http://127.0.0.1:9 cannot be reached. Connect to the network to download it "
+        f"(about 82 GB), give a checkpoint folder, {OFFLINE_HINT}\n"
+    )
+    assert done.stderr.partition("begin\n")[2] == ""
