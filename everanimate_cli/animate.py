@@ -7,7 +7,7 @@ import hashlib
 import json
 import platform
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,12 +18,14 @@ import torch
 
 from everanimate_cli import weights
 from everanimate_cli.chunks import ChunkPlan, driving_indices
-from everanimate_cli.errors import InputError, MediaError, SettingsError
+from everanimate_cli.errors import InputError, MediaError, RunError, SettingsError
 from everanimate_cli.events import ChunkDone, ChunkStarted, Note, OnEvent, StepDone
 from everanimate_cli.images import atomic_path, fit_frame, fit_size, read_image, write_png
 from everanimate_cli.memory import chunk_noise, count_drawn_frames, draw_anchor_indices
-from everanimate_cli.resume import RunFolder, list_runs, open_run
+from everanimate_cli.preflight import settings_path
+from everanimate_cli.resume import load_chunk, open_run, publish, save_chunk
 from everanimate_cli.rollout import Rollout, Step
+from everanimate_cli.runs import Pictures, RunFolder, list_runs
 from everanimate_cli.settings import (
     AnimateSettings,
     LoraSpec,
@@ -31,10 +33,17 @@ from everanimate_cli.settings import (
     resolve,
     run_folder,
 )
-from everanimate_cli.video import AudioSource, VideoReader, VideoWriter, join_videos, probe_video
+from everanimate_cli.video import (
+    AudioOutcome,
+    AudioSource,
+    VideoReader,
+    VideoWriter,
+    as_rate,
+    join_videos,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -42,7 +51,8 @@ if TYPE_CHECKING:
 
     Frames = NDArray[np.uint8]
 
-# Options that change neither a frame nor a byte of the encoded chunks, and the length, which may change between runs.
+# Options that change neither a frame nor a byte of the encoded chunks, and the length, which may
+# change between runs.
 _FREE_OPTIONS = ("minutes", "seconds", "frames", "output", "device", "audio", "png")
 _MIB = 2**20
 
@@ -104,12 +114,14 @@ def animate(settings: AnimateSettings, on_event: OnEvent) -> AnimateResult:
     started_s = time.monotonic()
     source = weights.locate_model(settings.model, on_event)
     resolved = resolve(settings, source.defaults)
-    loras = [(spec, weights.locate_lora(spec)) for spec in resolved.lora]
+    loras = [(spec, weights.locate_lora(spec, on_event)) for spec in resolved.lora]
     device = weights.choose_device(resolved.device)
     dtype = weights.choose_dtype(resolved.dtype, device)
+    weights.check_checkpoint(source, [path for _, path in loras])
     geometry = weights.read_geometry(source)
     with ExitStack() as stack:
-        picture_u8 = read_image(resolved.ref)
+        with _named("REF"):
+            picture_u8 = read_image(resolved.ref)
         height, width = _choose_size(resolved, picture_u8, source, geometry.size_multiple)
         inputs = _open_inputs(
             resolved, picture_u8, (height, width), geometry.face_size, stack, on_event
@@ -120,7 +132,9 @@ def animate(settings: AnimateSettings, on_event: OnEvent) -> AnimateResult:
             overlap=resolved.overlap,
         )
         driving_indices(plan, 0, len(inputs.pose), resolved.extend)  # refuses what is too short
-        facts = {
+        anchors = _draw_anchors(resolved, plan)
+        _segment_writer(Path(), height, width, resolved)  # refuses what no encoder takes
+        facts: dict[str, Any] = {
             "frames": plan.num_frames,
             "seconds": round(plan.num_frames / resolved.fps, 3),
             "fps": resolved.fps,
@@ -140,19 +154,13 @@ def animate(settings: AnimateSettings, on_event: OnEvent) -> AnimateResult:
 
         request = _request(resolved, source, loras, inputs, (height, width), facts)
         _name_other_runs(resolved.output, on_event)
-        run = stack.enter_context(open_run(resolved.output, request, resume=resolved.resume))
-        num_finished = min(run.count_finished(), plan.num_chunks)
-        if num_finished:
-            on_event(Note(text=f"{num_finished} of {plan.num_chunks} chunks are done already"))
-        seed = resolved.seed
-        num_drawn = (
-            count_drawn_frames(resolved.identity_slots, len(inputs.views_u8))
-            if resolved.memory == "latent"
-            else 0
+        run = stack.enter_context(
+            open_run(resolved.output, request, resume=resolved.resume, overwrite=resolved.overwrite)
         )
-        anchors = draw_anchor_indices(seed, plan.frames_per_chunk, num_drawn)
+        work = _plan_work(run, plan, resolved)
+        on_event(Note(text=_describe_work(facts, work)))
         timings: dict[str, float] = {}
-        if num_finished < plan.num_chunks or not _all_encoded(run, plan):
+        if work:
             pipeline = weights.load_pipeline(
                 source,
                 loras,
@@ -162,38 +170,33 @@ def animate(settings: AnimateSettings, on_event: OnEvent) -> AnimateResult:
             )
             timings["load_s"] = time.monotonic() - started_s
             rollout = _build_rollout(resolved, pipeline, inputs, plan, anchors)
-            _encode_again(run, rollout, plan, resolved, inputs, num_finished)
-            timings |= _generate(run, rollout, plan, resolved, inputs, num_finished, on_event)
+            _encode_again(run, rollout, plan, resolved, inputs, work)
+            facts |= _generate(run, rollout, plan, resolved, inputs, work, timings, on_event)
         segments = [run.segment_path(k, plan.kept_frames(k)) for k in range(plan.num_chunks)]
-        outcome = join_videos(segments, resolved.output, audio=inputs.audio)
+        facts["audio"] = _join(run, segments, inputs)
+        publish(run.joined_path, resolved.output)
         timings["total_s"] = time.monotonic() - started_s
-        facts |= {
-            "audio": outcome,
-            "settings_file": str(settings_path(resolved.output)),
-            "timings": {name: round(value, 3) for name, value in timings.items()},
-        }
+        facts["settings_file"] = str(settings_path(resolved.output))
+        facts["timings"] = {name: round(value, 3) for name, value in timings.items()}
         record = {
             "settings": settings.to_json(),
             "effective": resolved.to_json(),
             "result": facts,
             "request": request,
+            "model_revision": source.revision,
             "anchor_frame_indices": anchors,
             "platform": platform.platform(),
         }
-        with atomic_path(settings_path(resolved.output)) as temporary:
+        with atomic_path(run.record_path) as temporary:
             text = json.dumps(record, ensure_ascii=False, indent=1)
             temporary.write_text(text + "\n", encoding="utf-8")
+        publish(run.record_path, settings_path(resolved.output))
         if not resolved.keep_run:
             run.remove()
     return AnimateResult(output=resolved.output, facts=facts)
 
 
-def settings_path(output: Path) -> Path:
-    """Where the settings of a result are saved: its name with `.json`."""
-    return output.with_suffix(".json")
-
-
-# --- inputs ----------------------------------------------------------------------------------------------------------
+# --- inputs --------------------------------------------------------------------------------------
 
 
 def _choose_size(
@@ -206,7 +209,7 @@ def _choose_size(
     asked = settings.height_width
     if asked is None:
         area = source.defaults.width * source.defaults.height
-        return fit_size(*picture_u8.shape[:2], area, multiple)
+        return fit_size(picture_u8.shape[0], picture_u8.shape[1], area, multiple)
     height, width = asked
     if height % multiple or width % multiple:
         below, above = (
@@ -214,7 +217,8 @@ def _choose_size(
             for up in (False, True)
         )
         raise SettingsError(
-            f"--size {width}x{height} is not a multiple of {multiple} on both sides. Give {below} or {above}."
+            f"--size {width}x{height} is not a multiple of {multiple} on both sides. "
+            f"Give {below} or {above}."
         )
     return height, width
 
@@ -235,45 +239,72 @@ def _open_inputs(
     squash = functools.partial(fit_frame, height=face_size, width=face_size, fit="stretch")
     if settings.driving is not None:
         pose_path, face_path = settings.driving / "pose.mp4", settings.driving / "face.mp4"
+        pose_label = face_label = "DRIVING"
     else:
         assert settings.pose is not None  # checked on construction
         assert settings.face is not None
         pose_path, face_path = settings.pose, settings.face
-    counts = [probe_video(path).num_frames for path in (pose_path, face_path)]
+        pose_label, face_label = "--pose", "--face"
+    try:
+        rate = as_rate(settings.fps)
+    except SettingsError as error:
+        raise SettingsError(f"--fps {settings.fps:g}: {error}") from error
+
+    def reader(label: str, path: Path, transform: functools.partial[Frames]) -> VideoReader:
+        try:
+            with _named(label):
+                video = VideoReader(
+                    path,
+                    rate=rate,
+                    start_s=settings.start,
+                    end_s=settings.end,
+                    transform=transform,
+                )
+        except SettingsError as error:  # about `start`, which is an option of the same name
+            raise SettingsError(f"--{error} Give an earlier time.") from error
+        return stack.enter_context(video)
+
+    pose = reader(pose_label, pose_path, fit)
+    face = reader(face_label, face_path, squash)
+    counts = pose.info.num_frames, face.info.num_frames
     if counts[0] != counts[1]:
         raise MediaError(
             f"{pose_path} has {counts[0]} frames and {face_path} has {counts[1]}. "
             "Both must come from the same driving video."
         )
-
-    def reader(path: Path, transform: functools.partial[Frames]) -> VideoReader:
-        return stack.enter_context(
-            VideoReader(
-                path,
-                rate=settings.fps,
-                start_s=settings.start,
-                end_s=settings.end,
-                transform=transform,
-            )
-        )
-
-    pose, face = reader(pose_path, fit), reader(face_path, squash)
     if len(pose) != len(face):
         raise MediaError(
-            f"{pose_path} lasts {len(pose) / settings.fps:.3f} s and {face_path} "
-            f"{len(face) / settings.fps:.3f} s. Both must come from the same driving video."
+            f"{pose_path} lasts {pose.info.duration_s:.3f} s and {face_path} "
+            f"{face.info.duration_s:.3f} s. Both must come from the same driving video."
         )
     files = {"REF": settings.ref, "pose video": pose_path, "face video": face_path}
     files |= {f"--view {index + 1}": path for index, path in enumerate(settings.view)}
+    with _named("--view"):
+        views_u8 = [fit(read_image(path)) for path in settings.view]
+    audio = _find_audio(settings, pose_path, on_event) if settings.audio else None
+    if audio is not None and audio.path.resolve() == settings.output.resolve():
+        raise InputError(
+            f"--output {settings.output} is the driving video, which has the sound. "
+            "Give another name."
+        )
     return _Inputs(
         picture_u8=picture_u8,
         reference_u8=fit(picture_u8),
-        views_u8=[fit(read_image(path)) for path in settings.view],
+        views_u8=views_u8,
         pose=pose,
         face=face,
-        audio=_find_audio(settings, pose_path, on_event) if settings.audio else None,
+        audio=audio,
         hashes={name: _sha256(path) for name, path in files.items()},
     )
+
+
+@contextmanager
+def _named(label: str) -> Iterator[None]:
+    """Put the option in front of what is wrong with its file."""
+    try:
+        yield
+    except MediaError as error:
+        raise MediaError(f"{label} {error}") from error
 
 
 def _sha256(path: Path) -> str:
@@ -294,7 +325,8 @@ def _find_audio(
         start_s = float(record.get("start_s", 0.0))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{record_path} cannot be read ({type(error).__name__}: {error}). Extract the pose again."
+            f"{record_path} cannot be read ({type(error).__name__}: {error}). "
+            "Extract the pose again, or give --no-audio."
         ) from error
     # The name comes from a file: it is only used if it leads to the very video that was extracted.
     path = settings.driving / name
@@ -304,7 +336,7 @@ def _find_audio(
     return AudioSource(path=path, start_s=start_s + settings.start)
 
 
-# --- the run ---------------------------------------------------------------------------------------------------------
+# --- the run -------------------------------------------------------------------------------------
 
 
 def _request(
@@ -317,7 +349,7 @@ def _request(
 ) -> dict[str, Any]:
     """Everything that shapes the encoded chunks; a run folder belongs to one such request.
 
-    Names with a space are no options. Where a file lies does not matter, what is in it does.
+    Where a file lies does not matter, what is in it does.
     """
     paths = ("ref", "driving", "pose", "face", "view", "lora", "model")
     saved = settings.to_json()
@@ -325,29 +357,110 @@ def _request(
     request["size"] = f"{size[1]}x{size[0]}"
     request["dtype"] = facts["dtype"]
     request["device type"] = str(facts["device"]).partition(":")[0]
-    request["model weights"] = weights.checkpoint_hash(source)
+    request["--model sha256"] = weights.checkpoint_hash(source)
     request |= {f"{name} sha256": digest for name, digest in inputs.hashes.items()}
-    request |= {
-        f"--lora {index + 1} sha256": f"{_sha256(path)} at {spec.scale:g}"
-        for index, (spec, path) in enumerate(loras)
-    }
+    for number, (spec, path) in enumerate(loras, start=1):
+        request[f"--lora {number} sha256"] = _sha256(path)
+        request[f"scale of --lora {number}"] = spec.scale
     names = ("everanimate", "torch", "diffusers", "av")
     return request | {f"{name} version": version(name) for name in names}
 
 
 def _name_other_runs(output: Path, on_event: OnEvent) -> None:
-    for path, count, age_s in list_runs(output.parent):
-        if path != run_folder(output):
+    for run in list_runs(output.parent):
+        path = run.folder.path
+        if path != run_folder(output) and not run.is_held:
             on_event(
                 Note(
-                    text=f"{path} is an unfinished run: {count} chunks, {age_s / 3600:.1f} h old. "
-                    "Its own command continues it; 'everanimate runs --remove' deletes it."
+                    text=f"{path} is an unfinished run ({run.describe()}). Its own command "
+                    f"continues it; 'everanimate runs --remove {path}' deletes it."
                 )
             )
 
 
-def _all_encoded(run: RunFolder, plan: ChunkPlan) -> bool:
-    return all(run.segment_path(k, plan.kept_frames(k)).exists() for k in range(plan.num_chunks))
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is left to do in a run.
+
+    Attributes:
+        num_finished: Chunks that are there already.
+        to_encode: Those of them whose kept frames changed with the length, or whose pictures are
+            missing: their frames are made again from their latents.
+        num_chunks: Of the video.
+    """
+
+    num_finished: int
+    to_encode: Sequence[int]
+    num_chunks: int
+
+    def __bool__(self) -> bool:
+        """Whether the networks are needed."""
+        return bool(self.to_encode) or self.num_finished < self.num_chunks
+
+
+def _plan_work(run: RunFolder, plan: ChunkPlan, settings: ResolvedSettings) -> _Work:
+    """Compare what lies in the run folder with what is wanted."""
+    num_finished = min(run.count_finished(), plan.num_chunks)
+    num_without_pictures = 0
+    if settings.png is not None:
+        num_without_pictures = _take_pictures_folder(run, settings.png, num_finished)
+
+    def is_whole(chunk_index: int) -> bool:
+        kept = plan.kept_frames(chunk_index)
+        if not run.segment_path(chunk_index, kept).exists():
+            return False
+        if settings.png is None:
+            return True
+        return chunk_index >= num_without_pictures and all(
+            path.exists() for path in _picture_paths(settings.png, plan, chunk_index)
+        )
+
+    return _Work(
+        num_finished=num_finished,
+        to_encode=[k for k in range(num_finished) if not is_whole(k)],
+        num_chunks=plan.num_chunks,
+    )
+
+
+def _take_pictures_folder(run: RunFolder, folder: Path, num_finished: int) -> int:
+    """Make the folder of the pictures this run's own.
+
+    Returns:
+        How many chunks were finished before.
+    """
+    pictures = run.read_pictures()
+    if pictures is None or pictures.folder != folder.resolve():
+        pictures = Pictures(folder=folder.resolve(), num_missing=num_finished)
+        with atomic_path(run.pictures_path) as temporary:
+            temporary.write_text(json.dumps(pictures.to_json()), encoding="utf-8")
+    folder.mkdir(exist_ok=True)
+    for path in folder.glob(".*.png.*.part"):  # of a process that was killed
+        path.unlink()
+    return pictures.num_missing
+
+
+def _picture_paths(folder: Path, plan: ChunkPlan, chunk_index: int) -> list[Path]:
+    """Where the kept frames of a chunk go as pictures."""
+    first = plan.first_frame(chunk_index)
+    return [folder / f"{first + offset:06d}.png" for offset in plan.kept_frames(chunk_index)]
+
+
+def _describe_work(facts: dict[str, Any], work: _Work) -> str:
+    """What is about to happen, in one line."""
+    chunks = "1 chunk" if work.num_chunks == 1 else f"{work.num_chunks} chunks"
+    line = (
+        f"{facts['frames']} frames of {facts['size']} at {facts['fps']:g} fps in {chunks} of "
+        f"{facts['steps']} steps, {facts['model']} on {facts['device']} in {facts['dtype']}"
+    )
+    return f"{line}; {work.num_finished} done already" if work.num_finished else line
+
+
+def _draw_anchors(settings: ResolvedSettings, plan: ChunkPlan) -> list[int]:
+    """Frames of chunk 0 that become identity memory."""
+    num_drawn = 0
+    if settings.memory == "latent":
+        num_drawn = count_drawn_frames(settings.identity_slots, len(settings.view))
+    return draw_anchor_indices(settings.seed, plan.frames_per_chunk, num_drawn)
 
 
 def _build_rollout(
@@ -395,15 +508,17 @@ def _encode_again(
     plan: ChunkPlan,
     settings: ResolvedSettings,
     inputs: _Inputs,
-    num_finished: int,
+    work: _Work,
 ) -> None:
-    """Encode finished chunks whose kept frames changed with the length, from their latents."""
-    for chunk_index in range(num_finished):
-        if run.segment_path(chunk_index, plan.kept_frames(chunk_index)).exists():
-            continue
-        latents, _ = run.load(chunk_index)
+    """Encode finished chunks another time, from their latents."""
+    for chunk_index in work.to_encode:
+        latents, _ = load_chunk(run, chunk_index)
         frames_u8 = rollout.decode_frames(latents)
         _write_segment(run, chunk_index, frames_u8, plan, settings, inputs)
+    if settings.png is not None:
+        pictures = Pictures(folder=settings.png.resolve(), num_missing=0)
+        with atomic_path(run.pictures_path) as temporary:
+            temporary.write_text(json.dumps(pictures.to_json()), encoding="utf-8")
 
 
 def _generate(
@@ -412,18 +527,39 @@ def _generate(
     plan: ChunkPlan,
     settings: ResolvedSettings,
     inputs: _Inputs,
-    num_finished: int,
+    work: _Work,
+    timings: dict[str, float],
     on_event: OnEvent,
 ) -> dict[str, float]:
-    """Run the chunk loop from the first unfinished chunk on; every chunk is safe before the next."""
-    state = run.load(num_finished - 1)[1] if num_finished else None
-    timings = {"chunks_s": 0.0, "encode_s": 0.0}
-    if num_finished == plan.num_chunks:
-        return timings
-    steps = settings.steps
-    on_event(
-        ChunkStarted(chunk_index=num_finished, num_chunks=plan.num_chunks, num_steps=steps)
-    )
+    """Run the chunk loop from the first unfinished chunk on; every chunk is safe before the next.
+
+    Args:
+        run: Where the chunks go.
+        rollout: The chunk loop.
+        plan: The cut of the video.
+        settings: Of the run.
+        inputs: Of the run.
+        work: What is left to do.
+        timings: Takes the seconds spent.
+        on_event: Told of every step and chunk.
+
+    Returns:
+        Facts about the work; none if all chunks were there.
+    """
+    if work.num_finished == plan.num_chunks:
+        return {}
+    state = load_chunk(run, work.num_finished - 1)[1] if work.num_finished else None
+    num_frames = 0
+    timings |= {"chunks_s": 0.0, "encode_s": 0.0}
+
+    def announce(chunk_index: int) -> None:
+        on_event(
+            ChunkStarted(
+                chunk_index=chunk_index, num_chunks=plan.num_chunks, num_steps=settings.steps
+            )
+        )
+
+    announce(work.num_finished)
     started_s = time.monotonic()
     for made in rollout.run(state):
         if isinstance(made, Step):
@@ -431,26 +567,28 @@ def _generate(
             continue
         encode_started_s = time.monotonic()
         _write_segment(run, made.chunk_index, made.frames_u8, plan, settings, inputs)
-        run.save(made)
+        save_chunk(run, made)
         now_s = time.monotonic()
         timings["encode_s"] += now_s - encode_started_s
         timings["chunks_s"] += now_s - started_s
+        num_kept = len(plan.kept_frames(made.chunk_index))
+        num_frames += num_kept
         on_event(
             ChunkDone(
                 chunk_index=made.chunk_index,
-                num_frames=len(plan.kept_frames(made.chunk_index)),
+                num_frames=num_kept,
                 seconds=now_s - started_s,
                 peak_memory_mib=_peak_memory_mib(rollout.pipeline.device),
             )
         )
         started_s = now_s
         if made.chunk_index + 1 < plan.num_chunks:
-            following = made.chunk_index + 1
-            on_event(
-                ChunkStarted(chunk_index=following, num_chunks=plan.num_chunks, num_steps=steps)
-            )
-    timings["peak_memory_mib"] = _peak_memory_mib(rollout.pipeline.device) or 0.0
-    return timings
+            announce(made.chunk_index + 1)
+    facts = {"seconds_per_frame": round(timings["chunks_s"] / num_frames, 4)}
+    peak_memory_mib = _peak_memory_mib(rollout.pipeline.device)
+    if peak_memory_mib is not None:
+        facts["peak_memory_mib"] = round(peak_memory_mib)
+    return facts
 
 
 def _write_segment(
@@ -464,24 +602,44 @@ def _write_segment(
     """Encode the kept frames of a chunk into the run folder, and as PNG where asked for."""
     kept = plan.kept_frames(chunk_index)
     frames_u8 = frames_u8[kept.start : kept.stop]
-    first = plan.first_frame(chunk_index) + kept.start
+    height, width = frames_u8.shape[1:3]
     if settings.png is not None:
-        settings.png.mkdir(exist_ok=True)
-        for offset, frame_u8 in enumerate(frames_u8):
-            write_png(settings.png / f"{first + offset:06d}.png", frame_u8)
+        paths = _picture_paths(settings.png, plan, chunk_index)
+        for path, frame_u8 in zip(paths, frames_u8, strict=True):
+            write_png(path, frame_u8)
     if settings.pose_beside:
         indices = driving_indices(plan, chunk_index, len(inputs.pose), settings.extend)
         pose_u8 = inputs.pose.read(indices[kept.start : kept.stop])
         frames_u8 = np.concatenate([frames_u8, pose_u8], axis=2)
-    with VideoWriter(
-        run.segment_path(chunk_index, kept),
-        height=frames_u8.shape[1],
-        width=frames_u8.shape[2],
-        rate=settings.fps,
-        codec=settings.codec,
-        crf=settings.crf,
-    ) as writer:
+    path = run.segment_path(chunk_index, kept)
+    with _segment_writer(path, height, width, settings) as writer:
         writer.write(frames_u8)
+
+
+def _segment_writer(path: Path, height: int, width: int, settings: ResolvedSettings) -> VideoWriter:
+    """The encoder of a chunk of generated frames of this size."""
+    try:
+        return VideoWriter(
+            path,
+            height=height,
+            width=2 * width if settings.pose_beside else width,
+            rate=settings.fps,
+            codec=settings.codec,
+            crf=settings.crf,
+        )
+    except SettingsError as error:
+        raise SettingsError(f"--codec {settings.codec}: {error}") from error
+
+
+def _join(run: RunFolder, segments: Sequence[Path], inputs: _Inputs) -> AudioOutcome:
+    """Put the chunks together under the sound, in the run folder."""
+    try:
+        return join_videos(segments, run.joined_path, audio=inputs.audio)
+    except MediaError as error:
+        raise RunError(
+            f"{error} All chunks are finished and kept in {run.path}: run the same command with "
+            "--no-audio if the sound is at fault, else with --no-resume."
+        ) from error
 
 
 def _peak_memory_mib(device: torch.device) -> float | None:

@@ -6,6 +6,7 @@ answered before torch or diffusers is loaded. Workers are imported inside the co
 
 import errno
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from typing import Annotated, Any
 import typer
 
 from everanimate_cli import __version__
-from everanimate_cli.errors import EverAnimateError, SettingsError
+from everanimate_cli.errors import EverAnimateError, InputError, RunError, SettingsError
 from everanimate_cli.preflight import check_animate, check_demo
+from everanimate_cli.runs import list_runs, remove_run
 from everanimate_cli.settings import (
     HUB_MODEL,
     AnimateSettings,
@@ -35,7 +37,6 @@ from everanimate_cli.settings import (
 )
 
 PROGRAM = "everanimate"
-FAILED = 1
 INTERRUPTED = 130
 
 APP_HELP = "Animate a character from one picture with the motion of a video, for minutes."
@@ -68,6 +69,20 @@ DEMO_HELP = (
 Examples:
   {PROGRAM} demo
   {PROGRAM} demo my-demo --seconds 30 --seed 3
+"""
+)
+
+RUNS_HELP = (
+    "List the unfinished runs in FOLDER, or delete them.\n\n"
+    "An interrupted run waits in a folder NAME.mp4.run beside its result, as does a finished one "
+    "that was made with --keep-run. Runs at work are never deleted."
+    f"""
+
+\b
+Examples:
+  {PROGRAM} runs
+  {PROGRAM} runs videos --remove
+  {PROGRAM} runs videos/dance_anna.mp4.run --remove
 """
 )
 
@@ -154,13 +169,19 @@ Quiet = Annotated[
 
 
 @contextmanager
-def _interruptible(how: str) -> Iterator[None]:
-    """Turn Ctrl-C into exit code 130 and a line that says how to go on."""
+def _resumable(how: str) -> Iterator[None]:
+    """Turn Ctrl-C and a full disk into a line that says how to go on."""
     try:
         yield
     except KeyboardInterrupt:
         typer.echo(f"interrupted. Run the same command {how} to continue.", err=True)
         raise typer.Exit(INTERRUPTED) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(
+            f"disk full: {error}. Free some space, then run the same command {how} to continue."
+        ) from error
 
 
 def _print_version(wanted: bool) -> None:
@@ -407,7 +428,7 @@ def _animate(
         raise SettingsError("REF is missing. Give a picture of the character.")
     settings = AnimateSettings.from_json(options)
     check_animate(settings)
-    with _interruptible("again" if settings.resume else "without --no-resume"):
+    with _resumable("again" if settings.resume else "without --no-resume"):
         from everanimate_cli.animate import animate
         from everanimate_cli.console import show_progress
 
@@ -417,9 +438,18 @@ def _animate(
         typer.echo(json.dumps(result.to_json(), ensure_ascii=False))
     elif settings.dry_run:
         for name, value in result.to_json().items():
-            typer.echo(f"{name.replace('_', ' ')}: {value}")
+            typer.echo(_plan_line(name, value))
     else:
         typer.echo(result.output)
+
+
+def _plan_line(name: str, value: object) -> str:
+    """One entry of a plan as text: its unit, which ends the name, goes behind the number."""
+    words, unit = name.removesuffix("_mib").replace("_", " "), " MiB" if "_mib" in name else ""
+    if not isinstance(value, dict):
+        return f"{words}: {value}{unit}"
+    parts = [f"{part.replace('_', ' ')} {number}" for part, number in value.items()]
+    return f"{words}: {', '.join(parts)}{unit}"
 
 
 @app.command("demo", help=DEMO_HELP)
@@ -448,7 +478,7 @@ def _demo(
     """Run `everanimate demo`."""
     settings = DemoSettings(directory=directory, seconds=seconds, seed=seed, overwrite=overwrite)
     check_demo(settings)
-    with _interruptible("again"):
+    with _resumable("again"):
         from everanimate_cli.console import show_progress
         from everanimate_cli.demo import run_demo
 
@@ -459,6 +489,36 @@ def _demo(
     else:
         typer.echo(result.output)
         typer.echo(result.contact_sheet)
+
+
+@app.command("runs", help=RUNS_HELP)
+def _runs(
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="Where to look, or one run folder.")
+    ] = Path(),
+    remove: Annotated[bool, typer.Option("--remove", help="Delete them.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run `everanimate runs`."""
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"FOLDER {folder} {problem}. Give a folder with results.")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise InputError(f"FOLDER {folder} cannot be read. Give another folder.")
+    entries = []
+    for run in list_runs(folder):
+        entry = run.to_json()
+        line = f"{run.folder.path}: {run.describe()}"
+        if remove:
+            entry["removed"] = remove_run(run.folder)
+            line += ", removed" if entry["removed"] else ", not removed"
+        entries.append(entry)
+        if not as_json:
+            typer.echo(line)
+    if as_json:
+        typer.echo(json.dumps(entries, ensure_ascii=False))
+    elif not entries:
+        typer.echo(f"no unfinished runs in {folder}", err=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -485,13 +545,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = error.format_message().replace("Value error, ", "").rstrip()
         stop = "" if message.endswith((".", "?")) else "."
         return _fail(f"{message}{stop} See '{command} --help'.", error.exit_code)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        return _fail(
-            f"disk full: {error}. Free some space, then run the same command again to continue.",
-            FAILED,
-        )
     return int(code or 0)
 
 

@@ -17,6 +17,10 @@ from rich.text import Text
 
 from everanimate_cli.events import ChunkDone, ChunkStarted, Event, Note, OnEvent, StepDone
 
+# Short chunks would fill a log with their lines, so that one is printed this often at most, and
+# for the first and the last chunk.
+_LINE_PERIOD_S = 10.0
+
 
 @dataclass
 class Tally:
@@ -95,15 +99,20 @@ def _ignore(_event: Event) -> None:
 
 def _plain_reporter(console: Console) -> Callable[[Event], None]:
     tally = Tally()
+    next_line_s = 0.0
 
     def report(event: Event) -> None:
+        nonlocal next_line_s
         if isinstance(event, Note):
             _print_line(console, event.text)
         elif isinstance(event, ChunkStarted):
             tally.num_chunks = event.num_chunks
         elif isinstance(event, ChunkDone):
             tally.add(event)
-            _print_line(console, tally.chunk_line(event))
+            is_last = event.chunk_index + 1 == tally.num_chunks
+            if tally.seconds >= next_line_s or is_last:
+                next_line_s = tally.seconds + _LINE_PERIOD_S
+                _print_line(console, tally.chunk_line(event))
 
     return report
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from everanimate_cli.animate import animate
 from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.images import atomic_path, write_png
+from everanimate_cli.preflight import DEMO_MODELS, demo_options, read_demo_options
 from everanimate_cli.settings import (
     TOY_MODEL,
     AnimateSettings,
@@ -89,14 +90,17 @@ def run_demo(settings: DemoSettings, on_event: OnEvent) -> DemoResult:
     folder = settings.directory
     folder.mkdir(parents=True, exist_ok=True)
     reference, driving = folder / "reference.png", folder / "driving"
+    # An unfinished demo of other options is only there with `--overwrite`, see `check_demo`.
+    continues = read_demo_options(folder) == demo_options(settings)
     on_event(Note(text=f"rendering a character and {settings.seconds:g} s of dance into {folder}"))
-    render_inputs(reference, driving, seconds=settings.seconds, seed=settings.seed)
+    render_inputs(reference, driving, settings)
     request = AnimateSettings(
         ref=reference,
         driving=driving,
         model=TOY_MODEL,
         output=settings.output,
         seed=settings.seed,
+        resume=continues,
         overwrite=settings.overwrite,
     )
     result = animate(request, on_event)
@@ -111,25 +115,39 @@ def run_demo(settings: DemoSettings, on_event: OnEvent) -> DemoResult:
     )
 
 
-def render_inputs(reference: Path, driving: Path, *, seconds: float, seed: int) -> None:
+def render_inputs(reference: Path, driving: Path, settings: DemoSettings) -> None:
     """Write a reference picture and a driving folder of the toy world.
 
     Args:
         reference: PNG to write: the character, standing.
         driving: Folder to make: another person dancing, with a turn in the second half.
-        seconds: Length of the dance.
-        seed: Character, dancer, dance and sound follow from it.
+        settings: Length of the dance; character, dancer, dance and sound follow from the seed.
     """
+    seconds, seed = settings.seconds, settings.seed
     defaults = read_model_defaults(TOY_FOLDER)
     height, width = defaults.height, defaults.width
     character = FIRST_HELD_OUT_PERSON + 2 * seed
     dance = Dance(character, turn_after_s=0.4 * seconds)
-    write_png(reference, ToyScene(character, dance, height=height, width=width).reference())
+    num_frames = max(1, round(seconds * defaults.fps))
+    video = driving / "driving.mp4"
+    record = {
+        "format_version": 1,
+        "source": video.name,
+        "source_sha256": "",
+        "start_s": 0.0,
+        "fps": defaults.fps,
+        "size": f"{width}x{height}",
+        "num_frames": num_frames,
+        "models": DEMO_MODELS,
+        "settings": demo_options(settings),
+    }
     driving.mkdir(exist_ok=True)
+    # First of all, so that a demo that is interrupted here is known as one and goes on.
+    _write_json(driving / "extract.json", record)
+    write_png(reference, ToyScene(character, dance, height=height, width=width).reference())
     dancer = character + 1
     raw = ToyScene(dancer, dance, height=RAW_SIZE_PX * height // width, width=RAW_SIZE_PX)
     small = ToyScene(dancer, dance, height=height, width=width)
-    num_frames = max(1, round(seconds * defaults.fps))
     sizes = {
         "source": (raw.height, raw.width),
         "pose": (height, width),
@@ -151,24 +169,17 @@ def render_inputs(reference: Path, driving: Path, *, seconds: float, seed: int) 
             keypoints.append(frame.keypoints)
     sound = driving / "sound.wav"
     _write_music(sound, num_frames / defaults.fps, dance.beat_hz)
-    video = driving / "driving.mp4"
     join_videos([paths["source"]], video, audio=AudioSource(path=sound))
     sound.unlink()
     paths["source"].unlink()
     with atomic_path(driving / "keypoints.npz") as temporary, temporary.open("wb") as file:
         np.savez_compressed(file, keypoints=np.stack(keypoints).astype(np.float32))
-    record = {
-        "format_version": 1,
-        "source": video.name,
-        "source_sha256": hashlib.sha256(video.read_bytes()).hexdigest(),
-        "start_s": 0.0,
-        "fps": defaults.fps,
-        "size": f"{width}x{height}",
-        "num_frames": num_frames,
-        "models": {"detector": "toy world (exact)", "pose": "toy world (exact)"},
-        "settings": {"seed": seed, "seconds": seconds},
-    }
-    with atomic_path(driving / "extract.json") as temporary:
+    digest = hashlib.sha256(video.read_bytes()).hexdigest()
+    _write_json(driving / "extract.json", {**record, "source_sha256": digest})
+
+
+def _write_json(path: Path, record: dict[str, Any]) -> None:
+    with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

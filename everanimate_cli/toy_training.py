@@ -261,6 +261,7 @@ def _is_edge_of_vae(name: str) -> bool:
 PROMPT = "the person in the video is moving"
 TEXT_VOCABULARY = 160
 TEXT_DIM = IMAGE_DIM = 64
+IMAGE_TEXT_BATCH = 64
 
 CLIP_CONFIG: dict[str, Any] = {
     "hidden_size": IMAGE_DIM,
@@ -334,7 +335,7 @@ def _image_text_loss(work: Path, device: torch.device) -> LossFunction:
     captions = [toyworld.make_person(seed).words for seed in range(len(videos))]
     encoded = tokenizer(captions, padding=True, return_tensors="pt")
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    batch_size = 64
+    batch_size = IMAGE_TEXT_BATCH
 
     def loss(model: torch.nn.Module, rng: np.random.Generator) -> Loss:
         chosen = np.sort(rng.choice(len(videos), batch_size, replace=False))
@@ -494,7 +495,7 @@ def measure_latents(work: Path) -> None:
     """Mean and deviation of each latent channel over whole chunks, into `latents.json`."""
     vae = load_half_precision(work, "vae", build_vae())
     videos = open_videos(work, "rgb")
-    chosen = np.linspace(0, len(videos) - 1, 150).astype(int)
+    chosen = np.unique(np.linspace(0, len(videos) - 1, 150).astype(int))
     with torch.no_grad():
         latents = torch.cat([
             vae.encode(to_pixels(videos[i : i + 1, :FRAMES_PER_CHUNK])).latent_dist.mode()  # type: ignore[operator]
@@ -621,6 +622,7 @@ _DEFAULT_PROMPT_SHARE = 0.5
 _NOISY_MOTION_SHARE = 0.3
 _UNSHIFTED_SHARE = 0.3
 _TRAINING_SHIFT = 5.0
+TRANSFORMER_BATCH = 16  # a process on a CPU
 
 
 class _LatentSet:
@@ -703,7 +705,7 @@ def _transformer_loss(work: Path, device: torch.device) -> LossFunction:
     latents = _LatentSet(work)
     constants = _constant_tensors(work)
     sigmas = training_schedule(_TRAINING_SHIFT).sigmas
-    batch_size = 128 if device.type == "cuda" else 16
+    batch_size = TRANSFORMER_BATCH * (8 if device.type == "cuda" else 1)
     step = 0
 
     def loss(model: torch.nn.Module, rng: np.random.Generator) -> Loss:

@@ -46,7 +46,8 @@ Ticks = npt.NDArray[np.int64]
 AudioOutcome = Literal["copied", "re-encoded", "absent"]
 
 # Rates are fractions that fit MP4's 32-bit time scale: 30000/1001 stays exact.
-_MAX_RATE = 1000
+_MIN_RATE = Fraction(1, 1000)
+_MAX_RATE = Fraction(1000)
 _MAX_RATE_DENOMINATOR = 100_000
 
 # Decoded frames that are kept from one call of `VideoReader.read` to the next, since neighbouring
@@ -69,11 +70,15 @@ _REORDER_DELAY = 2
 # or the bytes differ from run to run.
 _MIN_H265_SIDE = 128
 
+# What `VideoWriter` writes.
+_JOINED_VIDEO_CODECS = {"h264", "hevc"}
+
 # Sound that MP4 has a registered sample entry for, so that players know it. FFmpeg would put
 # Vorbis and plain PCM into MP4 as well, but few other programs play that.
 _COPIED_AUDIO_CODECS = {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}
 
-_AAC_RATES = {7350, 8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 64000, 88200}
+# Rates of AAC that every player knows; other sound is brought to 48 kHz.
+_AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000}
 _AAC_BITS_PER_CHANNEL = 96_000
 
 # Time stamps of sound may be this far from where the samples so far end, because containers round
@@ -93,7 +98,7 @@ class VideoInfo:
         duration_s: From the first frame to the end of the last one [s].
         start_s: Time stamp of the first frame in the file [s].
         rotation: Degrees counter-clockwise by which the stored picture is turned: 0, 90, 180, 270.
-        has_audio: Whether the file has sound.
+        has_audio: Whether the file has sound in a known format.
         codec: FFmpeg's name of the video format, such as "h264".
     """
 
@@ -184,7 +189,7 @@ def as_rate(rate: Fraction | float) -> Fraction:
     """A frame rate as a fraction that video files can store.
 
     Args:
-        rate: Frames per second, above 0 and at most 1000.
+        rate: Frames per second, 0.001 to 1000.
 
     Returns:
         The nearest fraction with a denominator of at most 100000.
@@ -193,10 +198,8 @@ def as_rate(rate: Fraction | float) -> Fraction:
         SettingsError: If the rate is out of range.
     """
     # Written so that NaN is refused too.
-    if not 1 / _MAX_RATE_DENOMINATOR <= rate <= _MAX_RATE:
-        raise SettingsError(
-            f"frame rate {float(rate):g} is out of range. Use more than 0 and at most {_MAX_RATE}."
-        )
+    if not _MIN_RATE <= rate <= _MAX_RATE:
+        raise SettingsError(f"frame rate {float(rate):g} is out of range. Use 0.001 to 1000.")
     return Fraction(rate).limit_denominator(_MAX_RATE_DENOMINATOR)
 
 
@@ -534,16 +537,30 @@ def join_videos(
                 f"{part.path} has another rate or encoding than {parts[0].path}, so the two "
                 "cannot be joined. Write both with the same settings."
             )
-    rate = parts[0].rate
-    length_s = sum(part.num_frames for part in parts) / rate
+    length_s = sum(part.num_frames for part in parts) / parts[0].rate
+    try:
+        return _join(parts, output, audio, length_s)
+    except av.error.FFmpegError as error:
+        if isinstance(error, OSError):
+            raise
+        raise MediaError(
+            f"{output} cannot be put together from its parts and sound: {error.strerror}. "
+            "One of them is damaged."
+        ) from error
+
+
+def _join(
+    parts: Sequence[_Part], output: Path, audio: AudioSource | None, length_s: Fraction
+) -> AudioOutcome:
+    """Write the joined file of parts that fit together."""
     with ExitStack() as stack:
         sound = None if audio is None else stack.enter_context(_open_sound(audio, length_s))
         temporary = stack.enter_context(atomic_path(output))
         container = stack.enter_context(_output(temporary))
-        with _open(paths[0]) as first:
-            template = _video_stream(first, paths[0])
+        with _open(parts[0].path) as first:
+            template = _video_stream(first, parts[0].path)
             stream = container.add_stream_from_template(template, opaque=True)
-        stream.time_base = 1 / rate
+        stream.time_base = 1 / parts[0].rate
         _tag_for_players(stream)
         feeds: list[Iterator[Packet[Any]]] = [_joined_packets(parts, stream)]
         if sound is not None:
@@ -632,7 +649,17 @@ def _video_stream(container: InputContainer, path: Path) -> VideoStream:
     # The cover picture of a sound file is a video stream too.
     if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
         raise MediaError(f"{path} has no video stream. Give a video file.")
+    if stream.codec_context is None:
+        raise MediaError(f"{path} holds a video format that is not known. Convert it to H.264.")
     return stream
+
+
+def _audio_stream(container: InputContainer) -> AudioStream | None:
+    """The sound that players play, if its format is known."""
+    stream = container.streams.best("audio")
+    if isinstance(stream, AudioStream) and stream.codec_context is not None:
+        return stream
+    return None
 
 
 def _examine(path: Path) -> _Examined:
@@ -645,7 +672,7 @@ def _examine(path: Path) -> _Examined:
         stated_rates = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
         sample_aspect = stream.sample_aspect_ratio or Fraction(1)
         codec = stream.codec_context.codec.canonical_name
-        has_audio = isinstance(container.streams.best("audio"), AudioStream)
+        has_audio = _audio_stream(container) is not None
     first = _first_frame(path)
     by_order = first.pts is None or not packets.complete
     if first.pts is None or by_order:
@@ -662,10 +689,11 @@ def _examine(path: Path) -> _Examined:
     rate = _constant_rate(timeline, stated_rates)
     if rate is None:
         average = len(times) / timeline.duration_s
-        rate = as_rate(min(average, Fraction(_MAX_RATE)).limit_denominator(1001))
+        rate = as_rate(min(max(average.limit_denominator(1001), _MIN_RATE), _MAX_RATE))
     else:
-        steps = np.arange(len(times))
-        timeline = Timeline(times=steps, end=len(times), time_base=1 / rate)
+        # Not simply one step after the last frame, which may be a still that lasts longer.
+        end = max(len(times), round(timeline.duration_s * rate))
+        timeline = Timeline(times=np.arange(len(times)), end=end, time_base=1 / rate)
     rotation = 90 * (round(first.rotation / 90) % 4)
     height, width = first.height, max(1, round(first.width * sample_aspect))
     if rotation in {90, 270}:
@@ -794,7 +822,7 @@ def _constant_rate(timeline: Timeline, stated_rates: Sequence[Fraction]) -> Frac
         candidates += [measured.limit_denominator(1001), measured]
     candidates.append(num_frames / timeline.duration_s)
     for rate in candidates:
-        if 0 < rate <= _MAX_RATE:
+        if _MIN_RATE <= rate <= _MAX_RATE:
             places = since_first * float(timeline.time_base * rate)
             if np.abs(places - np.arange(num_frames)).max() < _HALF_A_FRAME:
                 return as_rate(rate)
@@ -999,6 +1027,8 @@ def _examine_part(path: Path) -> _Part:
     step = durations.pop() if len(durations) == 1 else 0
     steps = np.arange(len(stamps))
     times = np.asarray(stamps, np.int64) - min(stamps, default=0)
+    if encoding[0] not in _JOINED_VIDEO_CODECS:
+        raise MediaError(f"{path} holds {encoding[0]} video, which cannot be joined.")
     if not step or not np.array_equal(np.sort(times), steps * step):
         raise MediaError(f"{path} has no constant frame rate, so it cannot be joined.")
     return _Part(
@@ -1200,8 +1230,8 @@ def _open_sound(audio: AudioSource, length_s: Fraction) -> Iterator[_Sound | Non
     """The sound of a source, or None if it has none."""
     check_media_file(audio.path, "video")
     with _open(audio.path) as container:
-        stream = container.streams.best("audio")
-        if not isinstance(stream, AudioStream):
+        stream = _audio_stream(container)
+        if stream is None:
             yield None
             return
         try:

@@ -506,18 +506,23 @@ def _download(label: str, hub_id: HubId, start: Callable[[], str]) -> Path:
 # --- check ---------------------------------------------------------------------------------------
 
 
-def check_checkpoint(source: ModelSource) -> None:
+def check_checkpoint(source: ModelSource, loras: Sequence[Path] = ()) -> None:
     """Refuse a checkpoint that is incomplete or holds other networks, without reading a weight.
+
+    Args:
+        source: From `locate_model`.
+        loras: LoRA files that are to go on top.
 
     Raises:
         WeightsError: If a folder, file or weight is missing, a weight is unknown or of another
-            shape than `config.json` says, a file is damaged or a pickle, or the networks belong to
-            different models.
+            shape than `config.json` says, a file is damaged or a pickle, the networks belong to
+            different models, or a LoRA does not fit.
     """
-    for name in _KINDS:
-        _check_network(source, name)
+    shapes = {name: _check_network(source, name) for name in _KINDS}
     _check_tokenizer(f"--model {source.name}", source.folder)
     _check_fit(source)
+    for path in loras:
+        plan_lora(path, shapes["transformer"])
 
 
 def count_parameters(source: ModelSource) -> dict[str, int]:

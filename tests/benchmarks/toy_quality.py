@@ -1,10 +1,11 @@
 """How good the toy checkpoint is, on held-out characters, as a table.
 
-    python tests/benchmarks/toy_quality.py [--model toy] [--characters 16] [--json FILE] [--sheet FILE]
+    python tests/benchmarks/toy_quality.py [--model toy] [--characters 16] [--sheet FILE]
 
-Every character is animated with its own motion (self-reenactment) from the first frame of the stretch, through the
-product's own loader and chunk loop, with fixed seeds. PSNR is in dB on 8-bit frames, the mean over characters.
-"person" counts only the pixels in which the frame differs from the empty room.
+Every character is animated with its own motion (self-reenactment) from the first frame of the
+stretch, through the product's own loader and chunk loop, with fixed seeds. PSNR is in dB on 8-bit
+frames, the mean over characters. "person" counts only the pixels in which the frame differs from
+the empty room.
 """
 
 import argparse
@@ -14,12 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from everanimate_cli import weights
 from everanimate_cli.demo import lay_out_sheet
 from everanimate_cli.images import write_png
 from everanimate_cli.memory import chunk_noise, draw_anchor_indices, from_uint8, to_uint8
+from everanimate_cli.pipeline import AnimatePipeline
 from everanimate_cli.rollout import Chunk, Rollout
-from everanimate_cli.toyworld import ToyScene
+from everanimate_cli.settings import ModelDefaults
+from everanimate_cli.toyworld import Camera, ToyScene
 
 FIRST_SEED = 2_000_000
 START_S = 50.0
@@ -46,9 +50,10 @@ def psnr(made: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) ->
     return float(10 * np.log10(255**2 / max(mean, 1e-12)))
 
 
-def measure(pipeline: object, seed: int, camera: str) -> tuple[dict[str, float], dict]:
+def measure(
+    pipeline: AnimatePipeline, defaults: ModelDefaults, seed: int, camera: Camera
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """All figures of one character, and frames to look at."""
-    defaults = DEFAULTS
     frames_per_chunk, overlap = defaults.frames_per_chunk, defaults.overlap
     num_frames = NUM_CHUNKS * (frames_per_chunk - overlap) + overlap
     scene = ToyScene(seed, seed, height=defaults.height, width=defaults.width, camera=camera)
@@ -89,7 +94,7 @@ def measure(pipeline: object, seed: int, camera: str) -> tuple[dict[str, float],
         read_driving=read_driving,
         noise=lambda k: chunk_noise(1, k, shape),
         anchor_frame_indices=draw_anchor_indices(1, frames_per_chunk, defaults.identity_slots - 1),
-        prompt_embeds=PROMPT_EMBEDS,
+        prompt_embeds=pipeline.encode_prompt(defaults.prompt),
         num_chunks=NUM_CHUNKS,
         frames_per_chunk=frames_per_chunk,
         overlap=overlap,
@@ -130,14 +135,11 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="PNG with all characters, truth over result")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    global DEFAULTS, PROMPT_EMBEDS
-    source = weights.locate_model(options.model, lambda event: None)
-    DEFAULTS = source.defaults
+    source = weights.locate_model(options.model, lambda _event: None)
     pipeline = weights.load_pipeline(source, [], torch.device("cpu"), torch.float32)
-    PROMPT_EMBEDS = pipeline.encode_prompt(DEFAULTS.prompt)
     rows, sheet = [], []
     for index in range(options.characters):
-        figures, frames = measure(pipeline, FIRST_SEED + index, options.camera)
+        figures, frames = measure(pipeline, source.defaults, FIRST_SEED + index, options.camera)
         rows.append(figures)
         chosen = np.linspace(0, len(frames["made"]) - 1, 8).round().astype(int)
         sheet += [(f"{index} truth", frames["truth"][chosen]), ("made", frames["made"][chosen])]

@@ -124,6 +124,29 @@ def test_facts_of_a_variable_rate_file(tmp_path: Path) -> None:
     assert float(info.rate) == pytest.approx(10 / info.duration_s, rel=1e-3)
 
 
+def test_a_rate_that_the_header_states_wrongly_is_measured(tmp_path: Path) -> None:
+    path = write_media(
+        tmp_path / "a.mkv",
+        numbered_frames(40),
+        rate=25,
+        times=range(0, 40 * 37, 37),
+        time_base=Fraction(1, 1000),
+    )
+    info = probe_video(path)
+    assert (info.rate, info.num_frames) == (Fraction(1000, 37), 40)
+    with VideoReader(path) as reader:
+        assert frame_numbers(reader.read(range(len(reader)))) == list(range(40))
+
+
+def test_the_last_frame_lasts_as_long_as_the_file_says(tmp_path: Path) -> None:
+    path = tmp_path / "a.gif"
+    pictures = [Image.fromarray(frame) for frame in numbered_frames(3)]
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=[100, 200, 900])
+    assert probe_video(path).duration_s == pytest.approx(1.2)
+    with VideoReader(path, rate=10) as reader:
+        assert frame_numbers(reader.read(range(len(reader)))) == [0, 1, 1, *[2] * 9]
+
+
 def test_a_file_may_begin_at_another_time(tmp_path: Path) -> None:
     path = write_media(tmp_path / "late.ts", numbered_frames(10), times=range(50, 60))
     info = probe_video(path)
@@ -194,6 +217,14 @@ def test_sound_alone_is_refused_even_with_a_cover_picture(tmp_path: Path) -> Non
         write_cover_sound(tmp_path / "cover.mp3", sound),
     ):
         assert media_error(path) == f"{path} has no video stream. Give a video file."
+
+
+def test_an_unknown_video_format_is_refused(tmp_path: Path) -> None:
+    path = write_media(tmp_path / "a.mkv", numbered_frames(2))
+    path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG9/ISO/AVC"))
+    assert media_error(path) == (
+        f"{path} holds a video format that is not known. Convert it to H.264."
+    )
 
 
 def test_a_file_that_is_cut_off_tells_where(tmp_path: Path) -> None:
@@ -475,13 +506,9 @@ def test_empty_ranges_and_impossible_rates_are_refused(tmp_path: Path) -> None:
     assert message(start_s=2.0) == f"start 2 s is not within {path}, which lasts 2.000 s."
     assert message(start_s=-1) == f"start -1 s is not within {path}, which lasts 2.000 s."
     assert message(start_s=1, end_s=0.5) == "end 0.5 s is not after start 1 s."
-    assert message(rate=0) == "frame rate 0 is out of range. Use more than 0 and at most 1000."
-    assert message(rate=float("nan")) == (
-        "frame rate nan is out of range. Use more than 0 and at most 1000."
-    )
-    assert (
-        message(rate=1e6) == "frame rate 1e+06 is out of range. Use more than 0 and at most 1000."
-    )
+    assert message(rate=0) == "frame rate 0 is out of range. Use 0.001 to 1000."
+    assert message(rate=float("nan")) == ("frame rate nan is out of range. Use 0.001 to 1000.")
+    assert message(rate=1e6) == "frame rate 1e+06 is out of range. Use 0.001 to 1000."
 
 
 def test_rates_become_fractions() -> None:
@@ -713,7 +740,7 @@ def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
     assert message(height=0) == "video size 48x0 cannot be encoded. Use an even width and height."
     assert message(crf=52) == "crf 52 is out of range. Use 0 (best) to 51."
     assert message(threads=0) == "threads 0 is out of range. Use at least 1."
-    assert message(rate=-1) == "frame rate -1 is out of range. Use more than 0 and at most 1000."
+    assert message(rate=-1) == "frame rate -1 is out of range. Use 0.001 to 1000."
     assert message(codec="h265") == (
         "video size 48x32 is too small for h265. Use at least 128x128, or h264."
     )
@@ -844,6 +871,8 @@ def test_parts_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         tmp_path / "uneven.mp4", frames, times=[0, 1, 2, 3, 9], time_base=Fraction(1, 25)
     )
     assert message(uneven) == f"{uneven} has no constant frame rate, so it cannot be joined."
+    foreign = write_media(tmp_path / "foreign.gif", frames, codec="gif", pixel_format="rgb8")
+    assert message(foreign) == f"{foreign} holds gif video, which cannot be joined."
     missing = tmp_path / "missing.mp4"
     assert message(missing) == f"{missing} does not exist. Give the path of a video file."
     with pytest.raises(ValueError, match="there are no parts to join"):
@@ -1053,6 +1082,33 @@ def test_no_sound_is_told(tmp_path: Path, silent_part: Path) -> None:
         assert sound_length(output) == 0
 
 
+def test_sound_of_an_unknown_format_is_left_out(tmp_path: Path, silent_part: Path) -> None:
+    source = write_media(tmp_path / "a.mkv", numbered_frames(9), sound=tone_bursts(1, 44100))
+    source.write_bytes(source.read_bytes().replace(b"A_AAC", b"A_AAX"))
+    assert not probe_video(source).has_audio
+    output = tmp_path / "joined.mp4"
+    assert join_videos([silent_part], output, audio=AudioSource(path=source)) == "absent"
+
+
+def test_damaged_sound_is_refused_and_leaves_nothing(tmp_path: Path, silent_part: Path) -> None:
+    """The packets of this file are found, but their headers say nothing that MP4 can store."""
+    source = write_media(tmp_path / "a.ts", numbered_frames(9), sound=tone_bursts(1, 44100))
+    with av.open(str(source)) as container:
+        first = bytes(next(packet for packet in container.demux(audio=0) if packet.pts))
+    data = source.read_bytes()
+    position = data.index(first[:7])
+    data = data[:position] + data[position : position + 2] + b"\xff" + data[position + 3 :]
+    source.write_bytes(data)
+    output = tmp_path / "joined.mp4"
+    with pytest.raises(MediaError) as caught:
+        join_videos([silent_part], output, audio=AudioSource(path=source))
+    assert str(caught.value) == (
+        f"{output} cannot be put together from its parts and sound: Invalid data found when "
+        "processing input. One of them is damaged."
+    )
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_sound_and_picture_are_interleaved(tmp_path: Path, silent_part: Path) -> None:
     source = write_media(
         tmp_path / "source.mp4", numbered_frames(60), sound=tone_bursts(2.4, 44100)
@@ -1067,6 +1123,16 @@ def test_sound_and_picture_are_interleaved(tmp_path: Path, silent_part: Path) ->
         )
     times = [time for _, time in order]
     assert all(later > earlier - 1 for earlier, later in itertools.pairwise(times))
+
+
+def test_sound_whose_time_starts_anew_ends_there(tmp_path: Path, silent_part: Path) -> None:
+    """Transport streams put end to end play on, but their time stamps repeat."""
+    once = write_media(tmp_path / "once.ts", numbered_frames(40), sound=tone_bursts(1.6, 44100))
+    twice = tmp_path / "twice.ts"
+    twice.write_bytes(2 * once.read_bytes())
+    output = tmp_path / "joined.mp4"
+    assert join_videos([silent_part], output, audio=AudioSource(path=twice)) == "copied"
+    assert burst_times(output) == pytest.approx([0.5, 1.5], abs=0.005)
 
 
 def test_sound_that_cannot_be_opened_is_refused(tmp_path: Path, silent_part: Path) -> None:

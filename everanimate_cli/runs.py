@@ -1,0 +1,305 @@
+"""Run folders on disk: what lies in them, which process holds one, which are unfinished.
+
+Layout of `NAME.mp4.run`, beside the result `NAME.mp4`:
+    run.json                  what the run was asked to do; written first, deleted first
+    00007_4-21.mp4            frames 4..20 of chunk 7, encoded; playable, joined at the end
+    00007.safetensors         latents of chunk 7 and the state that chunk 8 needs; written last
+    pictures.json             where the PNG pictures of these chunks are, if they were wanted
+    joined.mp4, result.json   the result and its settings, until they get their place
+    lock                      held by the process at work
+Files are written under a temporary name first. Nothing heavy is imported here, so that
+`everanimate runs` answers at once.
+"""
+
+import errno
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from everanimate_cli.settings import run_folder
+
+_REQUEST_FILE = "run.json"
+_LOCK_FILE = "lock"
+_CHUNK = r"\d{5,}\.safetensors|\d{5,}_\d+-\d+\.mp4"
+_CHUNK_FILE = re.compile(_CHUNK)
+_TEMPORARY_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.part")
+# Only what this program has written is ever deleted: the user may keep things beside it.
+_OWN_FILE = re.compile(rf"run\.json|lock|pictures\.json|joined\.mp4|result\.json|{_CHUNK}")
+_RUN_SUFFIX = run_folder(Path("x.mp4")).name.removeprefix("x")
+# What file systems that cannot lock answer: some network and user-space ones.
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+_MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """A run's folder of PNG pictures.
+
+    Attributes:
+        folder: Absolute; all it holds under the names of frames is this run's.
+        num_missing: The first so many chunks were finished before pictures were wanted, or wanted
+            there, and theirs are not known to be written.
+    """
+
+    folder: Path
+    num_missing: int
+
+    def to_json(self) -> dict[str, object]:
+        """What `RunFolder.read_pictures` reads."""
+        return {"folder": str(self.folder), "num_missing": self.num_missing}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one run.
+
+    Attributes:
+        path: The folder; need not exist.
+    """
+
+    path: Path
+
+    @property
+    def request_path(self) -> Path:
+        """What the run was asked to do."""
+        return self.path / _REQUEST_FILE
+
+    @property
+    def pictures_path(self) -> Path:
+        """Where the PNG pictures are, see `read_pictures`."""
+        return self.path / "pictures.json"
+
+    @property
+    def joined_path(self) -> Path:
+        """The result until it gets its place, so that a killed run leaves nothing elsewhere."""
+        return self.path / "joined.mp4"
+
+    @property
+    def record_path(self) -> Path:
+        """The result's settings until they get their place."""
+        return self.path / "result.json"
+
+    def chunk_path(self, chunk_index: int) -> Path:
+        """Latents and state of a chunk, which is finished when this file is there."""
+        return self.path / f"{chunk_index:05d}.safetensors"
+
+    def segment_path(self, chunk_index: int, kept: range) -> Path:
+        """Where the encoded frames `kept` of a chunk are or go."""
+        return self.path / f"{chunk_index:05d}_{kept.start}-{kept.stop}.mp4"
+
+    def count_finished(self) -> int:
+        """Chunks that are finished without a gap from chunk 0 on."""
+        count = 0
+        while self.chunk_path(count).exists():
+            count += 1
+        return count
+
+    def holds_run(self) -> bool:
+        """Whether there is a run, or what a removal that was cut short has left of one."""
+        return any(
+            path.name == _REQUEST_FILE or _CHUNK_FILE.fullmatch(path.name) for path in self._files()
+        )
+
+    def read_pictures(self) -> "Pictures | None":
+        """Where the PNG pictures of the chunks are; None if none were wanted."""
+        try:
+            note = json.loads(self.pictures_path.read_bytes())
+            return Pictures(folder=Path(note["folder"]), num_missing=int(note["num_missing"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def clear(self) -> None:
+        """Delete the run's files and begin anew; the lock stays."""
+        # Chunks without a request belong to nobody, so a removal that is cut short does no harm.
+        self.request_path.unlink(missing_ok=True)
+        for path in self._files():
+            if path.name != _LOCK_FILE:
+                path.unlink(missing_ok=True)
+
+    def clear_temporaries(self) -> None:
+        """Delete what a killed process was about to write."""
+        for path in self._files():
+            if _TEMPORARY_FILE.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+    def remove(self) -> None:
+        """Delete the run's files, and the folder unless it holds anything else."""
+        self.clear()
+        # Windows deletes no open file, and a folder with the user's own files stays.
+        with suppress(OSError):
+            (self.path / _LOCK_FILE).unlink()
+            self.path.rmdir()
+
+    @contextmanager
+    def hold(self) -> Iterator[bool]:
+        """Take the folder for this process, making it if need be.
+
+        Yields:
+            False if another process has it.
+
+        Raises:
+            OSError: If the folder cannot be made.
+        """
+        lock_path = self.path / _LOCK_FILE
+        while True:
+            self.path.mkdir(exist_ok=True)
+            try:
+                lock = lock_path.open("a")
+            except FileNotFoundError:  # removed just now by the process that had it
+                continue
+            with lock:
+                if not _try_lock(lock):
+                    yield False
+                    return
+                # Removed between the opening and the locking: another process may hold its
+                # successor.
+                if _is_file_at(lock, lock_path):
+                    yield True
+                    return
+
+    def is_held(self) -> bool:
+        """Whether a process is at work on it; changes nothing, and no answer counts as yes."""
+        try:
+            with (self.path / _LOCK_FILE).open("rb") as lock:
+                return not _try_lock(lock)
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True
+
+    def _files(self) -> list[Path]:
+        """The run's own files; none where the folder is missing or cannot be read."""
+        try:
+            paths = list(self.path.iterdir())
+        except OSError:
+            return []
+        return [path for path in paths if _OWN_FILE.fullmatch(_final_name(path.name))]
+
+    def measure(self) -> tuple[int, float]:
+        """(bytes on disk, time of the last change [s])."""
+        num_bytes, newest_s = 0, 0.0
+        for path in self._files():
+            with suppress(OSError):  # a process at work renames and deletes
+                status = path.stat()
+                num_bytes += status.st_size
+                newest_s = max(newest_s, status.st_mtime)
+        return num_bytes, newest_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnfinishedRun:
+    """What is worth knowing of a run folder.
+
+    Attributes:
+        folder: The folder.
+        num_chunks: Finished chunks.
+        num_bytes: Size on disk.
+        age_s: Since the last change.
+        is_held: Whether a process is at work on it.
+    """
+
+    folder: RunFolder
+    num_chunks: int
+    num_bytes: int
+    age_s: float
+    is_held: bool
+
+    def describe(self) -> str:
+        """Such as "3 chunks, 1.2 MiB, 5 min old"."""
+        minutes = self.age_s / 60
+        if self.is_held:
+            age = "at work"
+        elif minutes < 90:  # noqa: PLR2004  # one and a half hours, as people count
+            age = f"{minutes:.0f} min old"
+        else:
+            age = f"{minutes / 60:.1f} h old"
+        unit = "chunk" if self.num_chunks == 1 else "chunks"
+        return f"{self.num_chunks} {unit}, {self.num_bytes / _MIB:.1f} MiB, {age}"
+
+    def to_json(self) -> dict[str, object]:
+        """The same as a JSON object."""
+        path = self.folder.path
+        return {
+            "path": str(path),
+            "output": str(path.with_suffix("")),
+            "chunks": self.num_chunks,
+            "size_mib": round(self.num_bytes / _MIB, 3),
+            "age_s": round(self.age_s),
+            "at_work": self.is_held,
+        }
+
+
+def list_runs(folder: Path) -> list[UnfinishedRun]:
+    """Run folders that lie in a folder, or the folder itself if it is one, oldest first.
+
+    Nothing is changed, and what cannot be read is passed over.
+    """
+    try:
+        paths = [folder, *folder.iterdir()]
+    except OSError:
+        return []
+    found = []
+    for path in paths:
+        run = RunFolder(path)
+        if not path.name.lower().endswith(_RUN_SUFFIX) or not run.holds_run():
+            continue
+        num_bytes, newest_s = run.measure()
+        found.append(
+            UnfinishedRun(
+                folder=run,
+                num_chunks=run.count_finished(),
+                num_bytes=num_bytes,
+                age_s=max(0.0, time.time() - newest_s),
+                is_held=run.is_held(),
+            )
+        )
+    return sorted(found, key=lambda run: (-run.age_s, run.folder.path))
+
+
+def remove_run(run: RunFolder) -> bool:
+    """Delete a run; False, and nothing is changed, if a process is at work on it."""
+    with run.hold() as is_ours:
+        if is_ours:
+            run.remove()
+    return is_ours
+
+
+def _final_name(name: str) -> str:
+    """The name that a file will get, for a temporary one; others as they are."""
+    return name[1:].rsplit(".", 2)[0] if _TEMPORARY_FILE.fullmatch(name) else name
+
+
+def _is_file_at(file: IO[str], path: Path) -> bool:
+    """Whether an open file is the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _try_lock(file: IO[str] | IO[bytes]) -> bool:
+    """Take a file for this process until it is closed; False if another process has it."""
+    try:
+        import fcntl  # noqa: PLC0415  # absent on Windows
+    except ImportError:
+        import msvcrt  # noqa: PLC0415
+
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        except OSError:
+            return False
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+    return True
