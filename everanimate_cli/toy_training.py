@@ -19,7 +19,6 @@ import argparse
 import functools
 import json
 import logging
-import math
 import multiprocessing
 import os
 import time
@@ -101,10 +100,14 @@ VAE_CONFIG: dict[str, Any] = {
 # --- the rendered set ----------------------------------------------------------------------------
 
 
+def has_moving_camera(seed: int) -> bool:
+    """Whether the camera of the scene with this seed moves."""
+    return bool(np.random.default_rng([seed, 5]).random() < MOVING_CAMERA_SHARE)
+
+
 def training_scene(seed: int) -> toyworld.ToyScene:
     """The scene with this seed: person, dance, room and camera all follow from it."""
-    rng = np.random.default_rng([seed, 5])
-    camera: toyworld.Camera = "moving" if rng.random() < MOVING_CAMERA_SHARE else "still"
+    camera: toyworld.Camera = "moving" if has_moving_camera(seed) else "still"
     return toyworld.ToyScene(seed, seed, height=SIZE_PX, width=SIZE_PX, camera=camera)
 
 
@@ -259,6 +262,10 @@ def _is_edge_of_vae(name: str) -> bool:
 # --- stage: encoders (CLIP with text, motion) ----------------------------------------------------
 
 PROMPT = "the person in the video is moving"
+CAMERA_PROMPTS = (
+    "still camera, ",
+    "moving camera, ",
+)  # before every prompt: one picture cannot tell
 TEXT_VOCABULARY = 160
 TEXT_DIM = IMAGE_DIM = 64
 IMAGE_TEXT_BATCH = 64
@@ -468,11 +475,12 @@ class _FrozenParts:
         return self.image(values, output_hidden_states=True).hidden_states[-2]
 
     def read(self, prompt: str) -> Tensor:
-        """[n, TEXT_DIM] text features of a prompt, n at most MAX_TEXT_TOKENS - 1."""
+        """[MAX_TEXT_TOKENS, TEXT_DIM] text features of a prompt, zeros after the last token."""
         tokens = self.tokenizer(
             prompt, return_tensors="pt", truncation=True, max_length=MAX_TEXT_TOKENS - 1
         )
-        return self.text(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0][0]
+        words = self.text(tokens["input_ids"], attention_mask=tokens["attention_mask"])[0][0]
+        return torch.nn.functional.pad(words, (0, 0, 0, MAX_TEXT_TOKENS - len(words)))
 
 
 def _load_frozen_parts(work: Path) -> _FrozenParts:
@@ -529,8 +537,6 @@ def _training_tensors(parts: _FrozenParts, seed: int) -> dict[str, NDArray[np.fl
     references = (start + int(rng.integers(OVERLAP)), FRAMES_PER_VIDEO - 1)
     single = parts.encode(rgb[:, [*near, *far, *references]].transpose(0, 1)[:, :, None])
     pictures = rgb[:, [*references, target_start]].transpose(0, 1)
-    words = parts.read(toyworld.make_person(seed).words)
-    words = torch.nn.functional.pad(words, (0, 0, 0, MAX_TEXT_TOKENS - len(words)))
     tensors = {
         "target": chunks[0],
         "pose": chunks[1],
@@ -540,7 +546,6 @@ def _training_tensors(parts: _FrozenParts, seed: int) -> dict[str, NDArray[np.fl
         "single": single[:, :, 0].transpose(0, 1),  # [C, near, far, early and standing reference]
         "clip": parts.see(pictures),
         "face": parts.motion(face[:, window].transpose(0, 1)),
-        "text": words,
     }
     return {name: value.numpy().astype(np.float16) for name, value in tensors.items()}
 
@@ -579,40 +584,6 @@ def encode_latents(work: Path, num_videos: int, processes: int) -> None:
 # --- stage: transformer --------------------------------------------------------------------------
 
 
-class _FoldedTextProcessor:
-    """Cross attention that reads the many equal padding tokens of the text once.
-
-    The network is fed 512 text tokens of which nearly all are the same padding. One of them with
-    the logarithm of their number added to its score has exactly the same effect, at an eighth of
-    the keys. Training only.
-    """
-
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        attention_mask: Tensor | None = None,  # noqa: ARG002
-        rotary_emb: Tensor | None = None,  # noqa: ARG002
-    ) -> Tensor:
-        """[B, N, inner] video tokens and [B, images + 512, inner] context to [B, N, inner]."""
-        image = encoder_hidden_states[:, :-NUM_TEXT_TOKENS]
-        text = encoder_hidden_states[:, -NUM_TEXT_TOKENS:][:, :MAX_TEXT_TOKENS]
-        query = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1)).transpose(1, 2)
-        bias = query.new_zeros(1, 1, 1, MAX_TEXT_TOKENS)
-        bias[..., -1] = math.log(NUM_TEXT_TOKENS - MAX_TEXT_TOKENS + 1)
-
-        def attend(key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            key, value = (x.unflatten(2, (attn.heads, -1)).transpose(1, 2) for x in (key, value))
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value, mask)
-
-        result = attend(attn.norm_k(attn.to_k(text)), attn.to_v(text), bias)
-        result = result + attend(
-            attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image), None
-        )
-        return attn.to_out[0](result.transpose(1, 2).flatten(2, 3))
-
-
 # Shares of the memory modes in the mixture that the base learns: none must be off its distribution.
 _MODE_SHARES = {"latent": 0.5, "alone": 0.12, "pixel": 0.38}
 _FIRST_CHUNK_SHARE = 0.25
@@ -628,18 +599,31 @@ TRANSFORMER_BATCH = 16  # a process on a CPU
 class _LatentSet:
     """The shards on disk, in memory, growing while the stage `latents` still runs."""
 
-    def __init__(self, work: Path) -> None:
+    def __init__(self, work: Path, parts: _FrozenParts) -> None:
         self._folder = work / "latents"
-        self._shards: list[dict[str, NDArray[np.float16]]] = []
+        self._parts = parts
+        self._shards: list[dict[str, NDArray[Any]]] = []
         self._seen: set[Path] = set()
         self.refresh()
 
+    @torch.no_grad()
     def refresh(self) -> None:
-        """Load shards that are new."""
+        """Load shards that are new and encode their captions."""
         for path in sorted(self._folder.glob("*.safetensors")):
-            if path not in self._seen:
-                self._seen.add(path)
-                self._shards.append(load_numpy(path))
+            if path in self._seen:
+                continue
+            self._seen.add(path)
+            shard: dict[str, NDArray[Any]] = load_numpy(path)
+            first = int(path.stem) * VIDEOS_PER_SHARD
+            seeds = range(first, first + VIDEOS_PER_SHARD)
+            moving = [has_moving_camera(seed) for seed in seeds]
+            words = [
+                self._parts.read(CAMERA_PROMPTS[flag] + toyworld.make_person(seed).words)
+                for seed, flag in zip(seeds, moving, strict=True)
+            ]
+            shard["text"] = torch.stack(words).numpy().astype(np.float16)
+            shard["moving"] = np.array(moving)
+            self._shards.append(shard)
 
     def draw(self, rng: np.random.Generator, count: int) -> dict[str, Tensor]:
         """A batch of random videos as float32."""
@@ -654,13 +638,11 @@ class _LatentSet:
 
 
 @torch.no_grad()
-def _constant_tensors(work: Path) -> dict[str, Tensor]:
-    """Code of a grey video, of a black pose video, and the features of the default prompt."""
-    parts = _load_frozen_parts(work)
+def _constant_tensors(parts: _FrozenParts) -> dict[str, Tensor]:
+    """Code of a grey video, of a black pose video, and the default prompts' features by camera."""
     grey = torch.zeros(1, 3, FRAMES_PER_CHUNK, SIZE_PX, SIZE_PX)
-    words = parts.read(PROMPT)
-    words = torch.nn.functional.pad(words, (0, 0, 0, MAX_TEXT_TOKENS - len(words)))
-    return {"grey": parts.encode(grey)[0], "black": parts.encode(grey - 1)[0], "prompt": words}
+    prompts = torch.stack([parts.read(camera + PROMPT) for camera in CAMERA_PROMPTS])
+    return {"grey": parts.encode(grey)[0], "black": parts.encode(grey - 1)[0], "prompts": prompts}
 
 
 def _identity_and_motion(
@@ -702,8 +684,9 @@ def _pixel_layout(
 
 
 def _transformer_loss(work: Path, device: torch.device) -> LossFunction:
-    latents = _LatentSet(work)
-    constants = _constant_tensors(work)
+    parts = _load_frozen_parts(work)
+    latents = _LatentSet(work, parts)
+    constants = _constant_tensors(parts)
     sigmas = training_schedule(_TRAINING_SHIFT).sigmas
     batch_size = TRANSFORMER_BATCH * (8 if device.type == "cuda" else 1)
     step = 0
@@ -714,7 +697,9 @@ def _transformer_loss(work: Path, device: torch.device) -> LossFunction:
         if step % 100 == 0:
             latents.refresh()
         batch = latents.draw(rng, batch_size)
-        mode = str(rng.choice(list(_MODE_SHARES), p=list(_MODE_SHARES.values())))
+        # The same in all processes, so that none waits for a longer layout.
+        shared = np.random.default_rng([step, 9])
+        mode = str(shared.choice(list(_MODE_SHARES), p=list(_MODE_SHARES.values())))
         if mode == "pixel":
             identity, condition, clip = _pixel_layout(batch, constants["grey"], rng)
         else:
@@ -724,7 +709,8 @@ def _transformer_loss(work: Path, device: torch.device) -> LossFunction:
         dropped = torch.from_numpy(rng.random(batch_size) < _POSE_DROP_SHARE)
         pose = torch.where(dropped.view(-1, 1, 1, 1, 1), constants["black"], batch["pose"])
         plain = torch.from_numpy(rng.random(batch_size) < _DEFAULT_PROMPT_SHARE)
-        text = torch.where(plain.view(-1, 1, 1), constants["prompt"], batch["text"])
+        default = constants["prompts"][batch["moving"].long()]
+        text = torch.where(plain.view(-1, 1, 1), default, batch["text"])
         text = torch.nn.functional.pad(text, (0, 0, 0, NUM_TEXT_TOKENS - MAX_TEXT_TOKENS))
         sigma = sigmas[rng.integers(len(sigmas), size=batch_size)]
         unshifted = torch.from_numpy(rng.random(batch_size) < _UNSHIFTED_SHARE)
@@ -759,8 +745,7 @@ def _build_for_training(work: Path) -> EverAnimateTransformer3DModel:
     motion = load_average(work, "motion", _MotionModel())
     model.motion_encoder.load_state_dict(motion.encoder.state_dict())  # type: ignore[union-attr]
     model.motion_encoder.requires_grad_(False)
-    for block in model.blocks:
-        block.attn2.set_processor(_FoldedTextProcessor())
+    model.merge_padding()  # nearly all of the 512 text tokens are padding
     return model
 
 
@@ -822,7 +807,7 @@ def export(work: Path, output: Path) -> None:
         overlap=OVERLAP,
         identity_slots=NUM_IDENTITY_SLOTS,
         face_size=toyworld.FACE_SIZE_PX,
-        prompt=PROMPT,
+        prompt=CAMERA_PROMPTS[0] + PROMPT,
     )
     text = json.dumps(defaults.to_json(), indent=2)
     (output / MODEL_DEFAULTS_FILE).write_text(text + "\n", encoding="utf-8")

@@ -405,7 +405,9 @@ class VideoWriter:
         self._codec = codec
         self._options = {"preset": preset, "crf": "0" if lossless else str(crf)}
         if codec == "h264":
-            self._options |= {"threads": str(threads), "x264-params": "open-gop=0"}
+            # x264's macroblock tree (core 165, AVX-512) reads memory that nobody has written in
+            # pictures of most widths, so that the bytes would differ from run to run.
+            self._options |= {"threads": str(threads), "x264-params": "open-gop=0:mbtree=0"}
         else:
             # x265 prints by itself unless told not to, and opens its groups unless told not to.
             self._options["x265-params"] = (

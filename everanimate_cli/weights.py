@@ -8,6 +8,7 @@ never opened and no code from a checkpoint is run.
 from __future__ import annotations
 
 import errno
+import functools
 import hashlib
 import json
 import math
@@ -696,20 +697,26 @@ def _read_config(label: str, folder: Path, name: str) -> dict[str, Any]:
 
 
 def _build_empty(source: ModelSource, name: str) -> nn.Module:
-    """The network that `config.json` describes, without memory for its weights."""
-    kind = _KINDS[name]
+    """The network that `config.json` describes, without memory for its weights; not to change."""
     label = f"--model {source.name}"
     config = _read_config(label, source.folder, name)
     try:
-        with _quiet_libraries(), torch.device("meta"):
-            if kind.config_class is None:
-                return kind.network_class.from_config(config)
-            return kind.network_class(kind.config_class.from_dict(config))
+        return _build_from_config(name, json.dumps(config))
     except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())
         raise WeightsError(
             f"{label}: no network can be built from {name}/config.json: {reason}"
         ) from error
+
+
+# The plan and the checks ask several times; a network of full size takes seconds each time.
+@functools.lru_cache(maxsize=len(_KINDS))
+def _build_from_config(name: str, config_json: str) -> nn.Module:
+    kind, config = _KINDS[name], json.loads(config_json)
+    with _quiet_libraries(), torch.device("meta"):
+        if kind.config_class is None:
+            return kind.network_class.from_config(config)
+        return kind.network_class(kind.config_class.from_dict(config))
 
 
 def _full_config(source: ModelSource, name: str) -> Any:

@@ -4,7 +4,7 @@
         [--threads 1] [--repeats 3] [--json FILE]
 
 Three sides make videos of as many chunks from the same model, reference, poses and faces, on the
-CPU in float32, one after the other in every round, each time in a new process:
+CPU in float32, one after the other in every round, each time in a new process (not on Windows):
 
 diffusers   Reads the poses and faces with our reader into the lists of pictures that
             `WanAnimatePipeline` takes, calls it once, writes what it returns with our writer. A
@@ -159,19 +159,34 @@ class Measurement:
 
 @dataclass
 class Stopwatch:
-    """Time from `start` to `stop` without the loading, and the part of it within the networks."""
+    """Time spent in the blocks of `runs`, without those of `pauses`, and in calls of networks."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
     networks_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    _num_pauses: int = 0
 
     @contextmanager
-    def runs(self, sign: int = 1) -> Iterator[None]:
-        """Add what the block takes, or with sign -1 take it off again."""
-        wall_s, cpu_s = time.perf_counter(), time.process_time()
+    def runs(self) -> Iterator[None]:
+        """Count the time of a block."""
+        self._add(-1)
         yield
-        self.wall_s += sign * (time.perf_counter() - wall_s)
-        self.cpu_s += sign * (time.process_time() - cpu_s)
+        self._add(1)
+
+    @contextmanager
+    def pauses(self) -> Iterator[None]:
+        """Do not count the time of a block within `runs`; may be nested."""
+        if not self._num_pauses:
+            self._add(1)
+        self._num_pauses += 1
+        yield
+        self._num_pauses -= 1
+        if not self._num_pauses:
+            self._add(-1)
+
+    def _add(self, sign: int) -> None:
+        self.wall_s += sign * time.perf_counter()
+        self.cpu_s += sign * time.process_time()
 
     def watch(self, networks: Any) -> None:
         """Time all calls of a pipeline's networks from now on."""
@@ -237,20 +252,28 @@ def run_everanimate(job: Job, watch: Stopwatch, chunks_s: list[float]) -> None:
         steps=job.steps,
         seed=SEED,
         device="cpu",
+        overwrite=True,
     )
-    load_pipeline = weights.load_pipeline
 
-    def load_and_watch(*args: Any, **kwargs: Any) -> Any:
-        with watch.runs(-1):
-            pipeline = load_pipeline(*args, **kwargs)
-        watch.watch(pipeline)
-        return pipeline
+    def not_timed(call: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(call)
+        def paused(*args: Any, **kwargs: Any) -> Any:
+            with watch.pauses():
+                result = call(*args, **kwargs)
+                if call is load_pipeline:
+                    watch.watch(result)
+                return result
+
+        return paused
+
+    load_pipeline = weights.load_pipeline
+    for name in ("check_checkpoint", "read_geometry", "checkpoint_hash", "load_pipeline"):
+        setattr(weights, name, not_timed(getattr(weights, name)))
 
     def listen(event: Event) -> None:
         if isinstance(event, ChunkDone):
             chunks_s.append(event.seconds)
 
-    weights.load_pipeline = load_and_watch
     with watch.runs():
         animate(settings, listen)
 
@@ -367,7 +390,6 @@ def measure_in_turn(jobs: Sequence[Job], num_rounds: int) -> list[list[Measureme
                 f"round {round_index + 1} of {num_rounds}, {job.num_chunks} chunks, {job.side}: "
                 f"{made.chunk_s:.3f} s per chunk, {made.peak_mib:.0f} MiB\n"
             )
-            job.output.with_suffix(".json").unlink(missing_ok=True)
     return rounds
 
 
@@ -380,6 +402,7 @@ class Row:
         num_chunks: Length.
         num_slots: Latent frames of one chunk in the transformer.
         chunk_s: Seconds per chunk.
+        chunk_cpu_s: Processor seconds per chunk, which other work on the machine changes less.
         frame_s: Seconds per frame of the video.
         time_ratio: Seconds over those of diffusers in the same round.
         networks_s: Network -> seconds per chunk.
@@ -392,6 +415,7 @@ class Row:
     num_chunks: int
     num_slots: int
     chunk_s: float
+    chunk_cpu_s: float
     frame_s: float
     time_ratio: float
     networks_s: dict[str, float]
@@ -418,6 +442,7 @@ def summarise(jobs: Sequence[Job], rounds: Sequence[Sequence[Measurement]]) -> l
                 num_chunks=job.num_chunks,
                 num_slots=job.num_slots,
                 chunk_s=statistics.median(one.chunk_s for one in made),
+                chunk_cpu_s=statistics.median(one.cpu_s for one in made) / job.num_chunks,
                 frame_s=statistics.median(one.wall_s for one in made) / job.num_frames,
                 time_ratio=statistics.median(a.wall_s / b.wall_s for a, b in neighbours),
                 networks_s={
@@ -486,6 +511,7 @@ def lay_out_rows(rows: Sequence[Row]) -> str:
         "chunks",
         "s / chunk",
         "over diffusers",
+        "CPU s / chunk",
         "ms / frame",
         "transformer ms",
         "VAE ms",
@@ -503,6 +529,7 @@ def lay_out_rows(rows: Sequence[Row]) -> str:
                 f"{row.num_chunks}",
                 f"{row.chunk_s:.3f}",
                 f"{row.time_ratio:.2f}",
+                f"{row.chunk_cpu_s:.3f}",
                 f"{1000 * row.frame_s:.1f}",
                 f"{spent_ms['transformer']:.0f}",
                 f"{spent_ms['vae']:.0f}",
@@ -562,7 +589,7 @@ def main() -> None:
             Job(
                 side=side,
                 model=model,
-                inputs=work,
+                inputs=work / f"{num_chunks}",
                 output=work / f"{side}-{num_chunks}.mp4",
                 num_chunks=num_chunks,
                 steps=options.steps,
@@ -571,7 +598,10 @@ def main() -> None:
             for num_chunks in options.chunks
             for side in SIDES
         ]
-        render_inputs(work, defaults, max(job.num_frames for job in jobs))
+        for inputs in {job.inputs for job in jobs}:
+            inputs.mkdir()
+            num_frames = max(job.num_frames for job in jobs if job.inputs == inputs)
+            render_inputs(inputs, defaults, num_frames)
         rounds = measure_in_turn(jobs, options.repeats)
         shortest = min(options.chunks)
         alike_db = psnr_of_videos(
@@ -584,7 +614,7 @@ def main() -> None:
         f"{options.steps} steps, {options.threads} thread(s), median of {options.repeats}; "
         f"{describe_machine()}."
     )
-    same_work = f"diffusers' video and that of pixel memory differ by {alike_db:.1f} dB PSNR."
+    same_work = f"PSNR between diffusers' video and that of pixel memory: {alike_db:.1f} dB."
     sys.stdout.write(
         "\n".join([setting, same_work, "", lay_out_rows(rows), lay_out_targets(targets)])
     )
