@@ -11,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,7 +44,8 @@ from everanimate_cli.video import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
+    from fractions import Fraction
 
     from numpy.typing import NDArray
 
@@ -72,6 +74,21 @@ class AnimateResult:
     def to_json(self) -> dict[str, Any]:
         """All of it as one flat JSON object."""
         return {"output": str(self.output), **self.facts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Media:
+    """The pictures as they are in their files, and which videos the motion is in.
+
+    Attributes:
+        picture_u8: [*, *, 3] reference.
+        views_u8: [*, *, 3] each.
+        motion: (what an error calls it, file) of pose and face.
+    """
+
+    picture_u8: Frames
+    views_u8: Sequence[Frames]
+    motion: tuple[tuple[str, Path], tuple[str, Path]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,20 +129,20 @@ def animate(settings: AnimateSettings, on_event: OnEvent) -> AnimateResult:
         OSError: If the disk is full; the run folder stays and the same command continues it.
     """
     started_s = time.monotonic()
-    source = weights.locate_model(settings.model, on_event)
+    media = _check_media(settings)  # before the model, which may take hours to download
+    download = not settings.dry_run
+    source = weights.locate_model(settings.model, on_event, download=download)
     resolved = resolve(settings, source.defaults)
-    loras = [(spec, weights.locate_lora(spec, on_event)) for spec in resolved.lora]
+    loras = [
+        (spec, weights.locate_lora(spec, on_event, download=download)) for spec in resolved.lora
+    ]
     device = weights.choose_device(resolved.device)
     dtype = weights.choose_dtype(resolved.dtype, device)
     weights.check_checkpoint(source, [path for _, path in loras])
     geometry = weights.read_geometry(source)
     with ExitStack() as stack:
-        with _named("REF"):
-            picture_u8 = read_image(resolved.ref)
-        height, width = _choose_size(resolved, picture_u8, source, geometry.size_multiple)
-        inputs = _open_inputs(
-            resolved, picture_u8, (height, width), geometry.face_size, stack, on_event
-        )
+        height, width = _choose_size(resolved, media.picture_u8, source, geometry.size_multiple)
+        inputs = _open_inputs(resolved, media, (height, width), geometry.face_size, stack, on_event)
         plan = ChunkPlan(
             num_frames=resolved.requested_frames or len(inputs.pose),
             frames_per_chunk=resolved.frames_per_chunk,
@@ -227,51 +244,69 @@ def _to_multiple(value: int, multiple: int, up: bool) -> int:
     return max(multiple, (value + (multiple - 1 if up else 0)) // multiple * multiple)
 
 
+def _check_media(settings: AnimateSettings) -> _Media:
+    """Read the pictures, and refuse videos that cannot be read or do not belong together."""
+    with _named("REF"):
+        picture_u8 = read_image(settings.ref)
+    with _named("--view"):
+        views_u8 = [read_image(path) for path in settings.view]
+    if settings.driving is not None:
+        motion = (
+            ("DRIVING", settings.driving / "pose.mp4"),
+            ("DRIVING", settings.driving / "face.mp4"),
+        )
+    else:
+        assert settings.pose is not None  # checked on construction
+        assert settings.face is not None
+        motion = (("--pose", settings.pose), ("--face", settings.face))
+    counts = [_open_video(*place, settings).info.num_frames for place in motion]
+    if counts[0] != counts[1]:
+        raise MediaError(
+            f"{motion[0][1]} has {counts[0]} frames and {motion[1][1]} has {counts[1]}. "
+            "Both must come from the same driving video."
+        )
+    return _Media(picture_u8=picture_u8, views_u8=views_u8, motion=motion)
+
+
+def _open_video(
+    label: str,
+    path: Path,
+    settings: AnimateSettings,
+    rate: Fraction | None = None,
+    transform: Callable[[Frames], Frames] | None = None,
+) -> VideoReader:
+    """A reader of the part of a driving video that was asked for."""
+    try:
+        with _named(label):
+            return VideoReader(
+                path,
+                rate=rate,
+                start_s=settings.start,
+                end_s=settings.end,
+                transform=transform,
+            )
+    except SettingsError as error:  # about `start`, which is an option of the same name
+        raise SettingsError(f"--{error} Give an earlier time.") from error
+
+
 def _open_inputs(
     settings: ResolvedSettings,
-    picture_u8: Frames,
+    media: _Media,
     size: tuple[int, int],
     face_size: int,
     stack: ExitStack,
     on_event: OnEvent,
 ) -> _Inputs:
+    """Open the videos at the rate and size of the result and find the sound."""
     fit = functools.partial(fit_frame, height=size[0], width=size[1], fit=settings.fit)
     squash = functools.partial(fit_frame, height=face_size, width=face_size, fit="stretch")
-    if settings.driving is not None:
-        pose_path, face_path = settings.driving / "pose.mp4", settings.driving / "face.mp4"
-        pose_label = face_label = "DRIVING"
-    else:
-        assert settings.pose is not None  # checked on construction
-        assert settings.face is not None
-        pose_path, face_path = settings.pose, settings.face
-        pose_label, face_label = "--pose", "--face"
     try:
         rate = as_rate(settings.fps)
     except SettingsError as error:
         raise SettingsError(f"--fps {settings.fps:g}: {error}") from error
-
-    def reader(label: str, path: Path, transform: functools.partial[Frames]) -> VideoReader:
-        try:
-            with _named(label):
-                video = VideoReader(
-                    path,
-                    rate=rate,
-                    start_s=settings.start,
-                    end_s=settings.end,
-                    transform=transform,
-                )
-        except SettingsError as error:  # about `start`, which is an option of the same name
-            raise SettingsError(f"--{error} Give an earlier time.") from error
-        return stack.enter_context(video)
-
-    pose = reader(pose_label, pose_path, fit)
-    face = reader(face_label, face_path, squash)
-    counts = pose.info.num_frames, face.info.num_frames
-    if counts[0] != counts[1]:
-        raise MediaError(
-            f"{pose_path} has {counts[0]} frames and {face_path} has {counts[1]}. "
-            "Both must come from the same driving video."
-        )
+    (pose_label, pose_path), (face_label, face_path) = media.motion
+    pose = stack.enter_context(_open_video(pose_label, pose_path, settings, rate, fit))
+    face = stack.enter_context(_open_video(face_label, face_path, settings, rate, squash))
     if len(pose) != len(face):
         raise MediaError(
             f"{pose_path} lasts {pose.info.duration_s:.3f} s and {face_path} "
@@ -279,8 +314,6 @@ def _open_inputs(
         )
     files = {"REF": settings.ref, "pose video": pose_path, "face video": face_path}
     files |= {f"--view {index + 1}": path for index, path in enumerate(settings.view)}
-    with _named("--view"):
-        views_u8 = [fit(read_image(path)) for path in settings.view]
     audio = _find_audio(settings, pose_path, on_event) if settings.audio else None
     if audio is not None and audio.path.resolve() == settings.output.resolve():
         raise InputError(
@@ -288,9 +321,9 @@ def _open_inputs(
             "Give another name."
         )
     return _Inputs(
-        picture_u8=picture_u8,
-        reference_u8=fit(picture_u8),
-        views_u8=views_u8,
+        picture_u8=media.picture_u8,
+        reference_u8=fit(media.picture_u8),
+        views_u8=[fit(view_u8) for view_u8 in media.views_u8],
         pose=pose,
         face=face,
         audio=audio,
@@ -369,11 +402,12 @@ def _request(
 def _name_other_runs(output: Path, on_event: OnEvent) -> None:
     for run in list_runs(output.parent):
         path = run.folder.path
-        if path != run_folder(output) and not run.is_held:
+        # A run beside its result was kept on purpose.
+        if path != run_folder(output) and not run.is_held and not run.has_result:
             on_event(
                 Note(
                     text=f"{path} is an unfinished run ({run.describe()}). Its own command "
-                    f"continues it; 'everanimate runs --remove {path}' deletes it."
+                    f"continues it; to delete it: everanimate runs --remove {quote(str(path))}"
                 )
             )
 

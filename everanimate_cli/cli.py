@@ -73,9 +73,9 @@ Examples:
 )
 
 RUNS_HELP = (
-    "List the unfinished runs in FOLDER, or delete them.\n\n"
-    "An interrupted run waits in a folder NAME.mp4.run beside its result, as does a finished one "
-    "that was made with --keep-run. Runs at work are never deleted."
+    "List the runs in FOLDER that can be continued, or delete them.\n\n"
+    "An interrupted run waits in a folder NAME.mp4.run for its own command. So does a finished one "
+    "that was made with --keep-run, beside its result. Results and runs at work are never deleted."
     f"""
 
 \b
@@ -514,8 +514,6 @@ def _runs(
     if not folder.is_dir():
         problem = "is a file" if folder.exists() else "does not exist"
         raise InputError(f"FOLDER {folder} {problem}. Give a folder with results.")
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise InputError(f"FOLDER {folder} cannot be read. Give another folder.")
     entries = []
     for run in list_runs(folder):
         entry = run.to_json()
@@ -529,7 +527,7 @@ def _runs(
     if as_json:
         typer.echo(json.dumps(entries, ensure_ascii=False))
     elif not entries:
-        typer.echo(f"no unfinished runs in {folder}", err=True)
+        typer.echo(f"no runs in {folder}", err=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

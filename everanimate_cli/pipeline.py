@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers.pipelines.wan.pipeline_wan_animate import prompt_clean
+
+# The same function as the Wan-Animate pipeline's, whose import warns of a missing torchvision.
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
 from everanimate_cli.clip_image import clip_pixel_values

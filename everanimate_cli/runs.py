@@ -1,4 +1,4 @@
-"""Run folders on disk: what lies in them, which process holds one, which are unfinished.
+"""Run folders on disk: what lies in them, which process holds one, which there are.
 
 Layout of `NAME.mp4.run`, beside the result `NAME.mp4`:
     run.json                  what the run was asked to do; written first, deleted first
@@ -64,6 +64,11 @@ class RunFolder:
     """
 
     path: Path
+
+    @property
+    def output(self) -> Path:
+        """The result that the run is for."""
+        return self.path.with_suffix("")
 
     @property
     def request_path(self) -> Path:
@@ -193,7 +198,7 @@ class RunFolder:
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnfinishedRun:
+class RunSummary:
     """What is worth knowing of a run folder.
 
     Attributes:
@@ -202,6 +207,7 @@ class UnfinishedRun:
         num_bytes: Size on disk.
         age_s: Since the last change.
         is_held: Whether a process is at work on it.
+        has_result: Whether a video is beside it: the run was kept, to be made longer.
     """
 
     folder: RunFolder
@@ -209,6 +215,7 @@ class UnfinishedRun:
     num_bytes: int
     age_s: float
     is_held: bool
+    has_result: bool
 
     def describe(self) -> str:
         """Such as "3 chunks, 1.2 MiB, 5 min old"."""
@@ -220,14 +227,15 @@ class UnfinishedRun:
         else:
             age = f"{minutes / 60:.1f} h old"
         unit = "chunk" if self.num_chunks == 1 else "chunks"
-        return f"{self.num_chunks} {unit}, {self.num_bytes / _MIB:.1f} MiB, {age}"
+        kept = ", kept beside its result" if self.has_result else ""
+        return f"{self.num_chunks} {unit}, {self.num_bytes / _MIB:.1f} MiB, {age}{kept}"
 
     def to_json(self) -> dict[str, object]:
         """The same as a JSON object."""
-        path = self.folder.path
         return {
-            "path": str(path),
-            "output": str(path.with_suffix("")),
+            "path": str(self.folder.path),
+            "output": str(self.folder.output),
+            "has_result": self.has_result,
             "chunks": self.num_chunks,
             "size_mib": round(self.num_bytes / _MIB, 3),
             "age_s": round(self.age_s),
@@ -235,7 +243,7 @@ class UnfinishedRun:
         }
 
 
-def list_runs(folder: Path) -> list[UnfinishedRun]:
+def list_runs(folder: Path) -> list[RunSummary]:
     """Run folders that lie in a folder, or the folder itself if it is one, oldest first.
 
     Nothing is changed, and what cannot be read is passed over.
@@ -251,12 +259,13 @@ def list_runs(folder: Path) -> list[UnfinishedRun]:
             continue
         num_bytes, newest_s = run.measure()
         found.append(
-            UnfinishedRun(
+            RunSummary(
                 folder=run,
                 num_chunks=run.count_finished(),
                 num_bytes=num_bytes,
                 age_s=max(0.0, time.time() - newest_s),
                 is_held=run.is_held(),
+                has_result=run.output.exists(),
             )
         )
     return sorted(found, key=lambda run: (-run.age_s, run.folder.path))

@@ -585,8 +585,8 @@ def encode_latents(work: Path, num_videos: int, processes: int) -> None:
 
 
 # Shares of the memory modes in the mixture that the base learns: none must be off its distribution.
-_MODE_SHARES = {"latent": 0.5, "alone": 0.12, "pixel": 0.38}
-_FIRST_CHUNK_SHARE = 0.25
+_MODE_SHARES = {"latent": 0.6, "alone": 0.12, "pixel": 0.28}
+_FIRST_CHUNK_SHARE = 0.4
 _PIXEL_CARRY_SHARES = (0.25, 0.4, 0.35)  # nothing, 1 and 5 frames
 _POSE_DROP_SHARE = 0.05
 _DEFAULT_PROMPT_SHARE = 0.5

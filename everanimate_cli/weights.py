@@ -233,7 +233,7 @@ class Geometry:
 # --- find ----------------------------------------------------------------------------------------
 
 
-def locate_model(model: str, on_event: OnEvent) -> ModelSource:
+def locate_model(model: str, on_event: OnEvent, *, download: bool = True) -> ModelSource:
     """Find a checkpoint, downloading it if it is on the Hub and not yet in the local cache.
 
     A repository in the cache is used as it is, without a question to the Hub, so that a result can
@@ -242,6 +242,7 @@ def locate_model(model: str, on_event: OnEvent) -> ModelSource:
     Args:
         model: "toy", a checkpoint folder or a Hub id `owner/name[@revision]`.
         on_event: Told how far a download is.
+        download: False refuses what is not in the cache.
 
     Returns:
         The folder with its defaults. Its weights are not checked yet, see `check_checkpoint`.
@@ -264,18 +265,19 @@ def locate_model(model: str, on_event: OnEvent) -> ModelSource:
     elif hub_id is None or Path(model).is_dir():
         folder = Path(model)
     else:
-        folder = _fetch_model(model, hub_id, on_event)
+        folder = _fetch_model(model, hub_id, on_event, download)
         revision = folder.name  # the cache names a snapshot after its commit
     defaults = read_model_defaults(folder)
     return ModelSource(folder=folder, defaults=defaults, name=model, revision=revision)
 
 
-def locate_lora(spec: LoraSpec, on_event: OnEvent | None = None) -> Path:
+def locate_lora(spec: LoraSpec, on_event: OnEvent | None = None, *, download: bool = True) -> Path:
     """Find a LoRA file, downloading it if it is on the Hub and not yet in the local cache.
 
     Args:
         spec: A .safetensors file or a Hub id `owner/name/path/to/file.safetensors[@revision]`.
         on_event: Told how far a download is.
+        download: False refuses what is not in the cache.
 
     Returns:
         The file; its keys are not checked yet.
@@ -307,6 +309,8 @@ def locate_lora(spec: LoraSpec, on_event: OnEvent | None = None) -> Path:
     else:
         problem, purpose = "names no file", "to see its files"
         way_out = f"or give {hub_id.repository}/PATH/TO/FILE.safetensors"
+    if not download:
+        raise _not_downloaded(label, problem, way_out)
     info = _ask_hub(label, hub_id, problem, purpose, way_out)
     names = [file.rfilename for file in info.siblings or ()]
     names = [name for name in names if name.endswith(".safetensors")]
@@ -335,7 +339,7 @@ def _default_revision(hub_id: HubId) -> str:
     return hub_id.revision or HUB_REVISIONS.get(hub_id.repository, "main")
 
 
-def _fetch_model(model: str, hub_id: HubId, on_event: OnEvent) -> Path:
+def _fetch_model(model: str, hub_id: HubId, on_event: OnEvent, download: bool) -> Path:
     """Folder of a repository in the local cache, downloaded before if need be."""
     label = f"--model {model}"
     _check_repository_name(label, hub_id)
@@ -361,6 +365,8 @@ def _fetch_model(model: str, hub_id: HubId, on_event: OnEvent) -> Path:
     problem = f"{state} in the cache ({hub_constants.HF_HUB_CACHE})"
     size = f" (about {_HUB_MODEL_GB} GB)" if hub_id.repository == HUB_MODEL else ""
     way_out = "give a checkpoint folder, or use --model toy, which works offline"
+    if not download:
+        raise _not_downloaded(label, problem, way_out)
     info = _ask_hub(label, hub_id, problem, f"to download it{size}", way_out)
     names = [file.rfilename for file in info.siblings or ()]
     if "transformer/config.json" not in names:
@@ -380,6 +386,13 @@ def _fetch_model(model: str, hub_id: HubId, on_event: OnEvent) -> Path:
             allow_patterns=_CHECKPOINT_PATTERNS,
             tqdm_class=progress,
         ),
+    )
+
+
+def _not_downloaded(label: str, problem: str, way_out: str) -> WeightsError:
+    """The refusal of what a plan alone is not worth."""
+    return WeightsError(
+        f"{label} {problem}, and --dry-run downloads nothing. Run it without, {way_out}."
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from everanimate_cli.cli import ANIMATE_HELP, DEMO_HELP, main
+from everanimate_cli.cli import ANIMATE_HELP, DEMO_HELP, RUNS_HELP, main
 from everanimate_cli.settings import AnimateSettings, DemoSettings, option_name
 
 
@@ -86,6 +86,7 @@ def test_the_program_lists_its_commands() -> None:
     page = help_page()
     assert re.search(r"^│ animate +Animate the character", page, re.MULTILINE)
     assert re.search(r"^│ demo +Render a character and a dance", page, re.MULTILINE)
+    assert re.search(r"^│ runs +List the runs in FOLDER", page, re.MULTILINE)
 
 
 def test_a_page_fits_a_terminal_of_80_columns() -> None:
@@ -100,9 +101,10 @@ def examples(text: str) -> list[list[str]]:
     ]
 
 
-def test_both_commands_give_examples() -> None:
+def test_all_commands_give_examples() -> None:
     assert len(examples(ANIMATE_HELP)) >= 3
     assert len(examples(DEMO_HELP)) >= 2
+    assert len(examples(RUNS_HELP)) >= 2
 
 
 @pytest.mark.parametrize("words", examples(ANIMATE_HELP))

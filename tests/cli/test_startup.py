@@ -53,12 +53,16 @@ def run_fresh(program: str, words: list[str], folder: Path) -> tuple[int, list[s
         (["animate", "anna.png", "dance", "--lora", "no.safetensors"], 2),
         (["animate", "anna.png", "dance", "-o", "taken.mp4"], 2),
         (["demo", "anna.png"], 2),
+        (["runs"], 0),
+        (["runs", "--remove", "--json"], 0),
     ],
 )
 def test_nothing_heavy_is_loaded(tmp_path: Path, words: list[str], exit_code: int) -> None:
     (tmp_path / "dance").mkdir()
     for name in ("anna.png", "taken.mp4", "dance/pose.mp4", "dance/face.mp4", "dance/extract.json"):
         (tmp_path / name).write_bytes(b"content")
+    (tmp_path / "old.mp4.run").mkdir()
+    (tmp_path / "old.mp4.run" / "run.json").write_text("{}")
     assert run_fresh(RUN_MAIN, words, tmp_path) == (exit_code, [])
 
 

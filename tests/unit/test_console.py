@@ -38,6 +38,26 @@ def test_without_a_terminal_each_chunk_is_one_plain_line() -> None:
     )
 
 
+def test_short_chunks_do_not_fill_a_log() -> None:
+    events: list[Event] = []
+    for chunk_index in range(100):
+        events += [
+            ChunkStarted(chunk_index=chunk_index, num_chunks=100, num_steps=2),
+            ChunkDone(chunk_index=chunk_index, num_frames=5, seconds=0.5),
+        ]
+    lines = shown(events, terminal=False).splitlines()
+    # One in ten seconds of work, and the last one.
+    assert [line.partition("/")[0] for line in lines] == [
+        "chunk 1",
+        "chunk 21",
+        "chunk 41",
+        "chunk 61",
+        "chunk 81",
+        "chunk 100",
+    ]
+    assert lines[1] == "chunk 21/100: 5 frames in 0.5 s, 10.0 frames/s, 0:40 left"
+
+
 def test_a_resumed_run_counts_only_its_own_chunks() -> None:
     lines = shown(run_of_two_chunks(first=2), terminal=False).splitlines()
     assert lines[1:] == [

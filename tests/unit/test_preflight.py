@@ -1,5 +1,6 @@
 """Checks before any heavy import: each refusal word for word."""
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from everanimate_cli.errors import EverAnimateError, InputError, SettingsError, WeightsError
-from everanimate_cli.preflight import check_animate, check_demo
+from everanimate_cli.preflight import DEMO_MODELS, check_animate, check_demo
 from everanimate_cli.settings import AnimateSettings, DemoSettings, LoraSpec
 
 DRIVING_ADVICE = "Give a folder with pose.mp4, face.mp4 and extract.json, or --pose and --face."
@@ -34,6 +35,16 @@ def settings(**options: Any) -> AnimateSettings:
 def write(name: str, content: bytes = b"content") -> None:
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     Path(name).write_bytes(content)
+
+
+def write_run(name: str = "dance_anna.mp4.run", files: tuple[str, ...] = ("run.json",)) -> None:
+    for file in files:
+        write(f"{name}/{file}", b"{}")
+
+
+def write_demo(seed: int = 0) -> None:
+    record = {"models": DEMO_MODELS, "settings": {"seed": seed, "seconds": 10.0}}
+    write("demo/driving/extract.json", json.dumps(record).encode())
 
 
 def nothing() -> None:
@@ -169,6 +180,45 @@ def nothing() -> None:
             "--output dance/../dance/pose.mp4 is also an input. Give another name.",
         ),
         (
+            lambda: (write("dance_anna.mp4"), write_run()),
+            {"resume": False},
+            InputError,
+            "--output dance_anna.mp4 exists. Add --overwrite to replace it, or give another name.",
+        ),
+        (
+            lambda: (write("dance_anna.mp4"), write_run(files=("notes.txt", "lock"))),
+            {},
+            InputError,
+            "--output dance_anna.mp4 exists. Add --overwrite to replace it, or give another name.",
+        ),
+        (
+            lambda: write("dance_anna.mp4.run"),
+            {},
+            InputError,
+            "--output dance_anna.mp4 needs a folder dance_anna.mp4.run beside it, but that is a "
+            "file. Give another name.",
+        ),
+        (
+            lambda: write("dance_anna.json/file"),
+            {"overwrite": True},
+            InputError,
+            "--output dance_anna.mp4 needs a file dance_anna.json beside it, but that is a folder. "
+            "Give another name.",
+        ),
+        (
+            lambda: write("dance_anna.json", b'{"settings": {}}'),
+            {},
+            InputError,
+            "--output dance_anna.mp4 would replace dance_anna.json by its own settings. "
+            "Add --overwrite to do so, or give another name.",
+        ),
+        (
+            nothing,
+            {"output": Path("ä" * 124 + ".mp4")},
+            InputError,
+            f"--output {'ä' * 124}.mp4 has too long a name. Give a shorter one.",
+        ),
+        (
             nothing,
             {"png": Path("anna.png")},
             InputError,
@@ -212,6 +262,11 @@ def test_a_folder_without_write_permission_is_refused(monkeypatch: pytest.Monkey
         "--output locked/anna.mp4 cannot be written: the folder locked is not writable. "
         "Give another path."
     )
+    with pytest.raises(InputError) as caught:
+        check_animate(settings(png=Path("locked")))
+    assert str(caught.value) == (
+        "--png locked cannot be written: the folder locked is not writable. Give another path."
+    )
 
 
 @pytest.mark.parametrize(
@@ -238,6 +293,62 @@ def test_what_can_work_passes_and_nothing_is_written(inputs: Path, options: dict
     before = sorted(inputs.rglob("*"))
     check_animate(settings(**options))
     assert sorted(inputs.rglob("*")) == before
+
+
+@pytest.mark.parametrize("files", [("run.json",), ("00000.safetensors",), ("00003_4-9.mp4",)])
+def test_the_run_that_made_a_result_may_replace_it(files: tuple[str, ...]) -> None:
+    write_run(files=files)
+    write("dance_anna.mp4")
+    write("dance_anna.json")
+    check_animate(settings())
+
+
+def test_the_settings_of_an_earlier_result_may_be_replaced() -> None:
+    record = {"settings": {}, "effective": {}, "result": {}}
+    write("dance_anna.json", json.dumps(record).encode())
+    check_animate(settings())
+
+
+def test_a_run_may_go_on_in_its_own_folder_of_pictures_only() -> None:
+    write("frames/000000.png")
+    write_run(files=("run.json", "pictures.json"))
+    note = {"folder": str(Path("frames").resolve()), "num_missing": 0}
+    write("dance_anna.mp4.run/pictures.json", json.dumps(note).encode())
+    check_animate(settings(png=Path("frames")))
+    for options in ({"png": Path("dance")}, {"png": Path("frames"), "resume": False}):
+        with pytest.raises(InputError, match="is not empty"):
+            check_animate(settings(**options))
+
+
+def test_an_unfinished_demo_is_continued_with_the_same_options_only() -> None:
+    directory = Path("demo")
+    write_demo()
+    write("demo/reference.png")
+    check_demo(DemoSettings(directory=directory))
+    for options in ({"seed": 1}, {"seconds": 2.5}):
+        with pytest.raises(InputError) as caught:
+            check_demo(DemoSettings(directory=directory, **options))
+        assert str(caught.value) == (
+            "DIR demo holds an unfinished demo with --seed 0 --seconds 10. Give the same options "
+            "to continue it, add --overwrite, or give another folder."
+        )
+        check_demo(DemoSettings(directory=directory, overwrite=True, **options))
+    write("demo/demo.mp4")
+    with pytest.raises(InputError, match="holds an earlier demo"):
+        check_demo(DemoSettings(directory=directory))
+    write_run("demo/demo.mp4.run")  # its removal was interrupted
+    check_demo(DemoSettings(directory=directory))
+
+
+@pytest.mark.parametrize("record", [b"", b"[]", b"{}", b'{"models": {}, "settings": {}}'])
+def test_files_of_others_are_in_the_way_of_a_demo(record: bytes) -> None:
+    write("demo/driving/extract.json", record)
+    with pytest.raises(InputError) as caught:
+        check_demo(DemoSettings(directory=Path("demo")))
+    assert str(caught.value) == (
+        "DIR demo holds another driving. Add --overwrite to replace it, or give another folder."
+    )
+    check_demo(DemoSettings(directory=Path("demo"), overwrite=True))
 
 
 def test_demo_needs_a_folder_without_an_earlier_demo() -> None:
