@@ -467,7 +467,6 @@ def _take_pictures_folder(run: RunFolder, folder: Path, num_finished: int) -> in
         pictures = Pictures(folder=folder.resolve(), num_missing=num_finished)
         with atomic_path(run.pictures_path) as temporary:
             temporary.write_text(json.dumps(pictures.to_json()), encoding="utf-8")
-    folder.mkdir(exist_ok=True)
     for path in folder.glob(".*.png.*.part"):  # of a process that was killed
         path.unlink()
     return pictures.num_missing
@@ -638,6 +637,7 @@ def _write_segment(
     frames_u8 = frames_u8[kept.start : kept.stop]
     height, width = frames_u8.shape[1:3]
     if settings.png is not None:
+        settings.png.mkdir(exist_ok=True)
         paths = _picture_paths(settings.png, plan, chunk_index)
         for path, frame_u8 in zip(paths, frames_u8, strict=True):
             write_png(path, frame_u8)

@@ -6,7 +6,6 @@ answered before torch or diffusers is loaded. Workers are imported inside the co
 
 import errno
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -182,15 +181,6 @@ def _resumable(how: str) -> Iterator[None]:
         raise RunError(
             f"disk full: {error}. Free some space, then run the same command {how} to continue."
         ) from error
-
-
-def _quieten_libraries() -> None:
-    """Keep what libraries remark while they are imported off stderr, which is the console's.
-
-    A level that the user has set stays.
-    """
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
 
 
 def _print_version(wanted: bool) -> None:
@@ -437,7 +427,6 @@ def _animate(
         raise SettingsError("REF is missing. Give a picture of the character.")
     settings = AnimateSettings.from_json(options)
     check_animate(settings)
-    _quieten_libraries()
     with _resumable("again" if settings.resume else "without --no-resume"):
         from everanimate_cli.animate import animate
         from everanimate_cli.console import show_progress
@@ -488,7 +477,6 @@ def _demo(
     """Run `everanimate demo`."""
     settings = DemoSettings(directory=directory, seconds=seconds, seed=seed, overwrite=overwrite)
     check_demo(settings)
-    _quieten_libraries()
     with _resumable("again"):
         from everanimate_cli.console import show_progress
         from everanimate_cli.demo import run_demo

@@ -186,24 +186,24 @@ def check_lora(lora: LoraSpec) -> None:
 
 
 def _check_output(output: Path, *, may_replace: bool) -> None:
-    folder = output.parent
+    folder, run = output.parent, run_folder(output)
+    if len(os.fsencode(run.name)) > _MAX_NAME_BYTES:
+        raise InputError(f"--output {output} has too long a name. Give a shorter one.")
     if not folder.is_dir():
         raise InputError(
             f"--output {output} cannot be written: the folder {folder} does not exist. "
             "Make it first, or give another path."
         )
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(
-            f"--output {output} cannot be written: the folder {folder} is not writable. "
-            "Give another path."
-        )
+    for needed in (folder, run):
+        if needed.is_dir() and not os.access(needed, os.W_OK | os.X_OK):
+            raise InputError(
+                f"--output {output} cannot be written: the folder {needed} is not writable. "
+                "Give another path."
+            )
     if output.is_dir():
         raise InputError(f"--output {output} is a folder. Give a file name ending in .mp4.")
     if output.exists() and not may_replace:
         raise output_exists(output)
-    run = run_folder(output)
-    if len(os.fsencode(run.name)) > _MAX_NAME_BYTES:
-        raise InputError(f"--output {output} has too long a name. Give a shorter one.")
     if run.exists() and not run.is_dir():
         raise InputError(
             f"--output {output} needs a folder {run.name} beside it, but that is a file. "

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from everanimate_cli.errors import InputError, RunError, SettingsError
+from everanimate_cli.errors import EverAnimateError, InputError, RunError, SettingsError
 from everanimate_cli.images import atomic_path
 from everanimate_cli.preflight import output_exists
 from everanimate_cli.rollout import Chunk, RolloutState
@@ -100,7 +100,8 @@ def open_run(
             )
         if not resume:
             run.clear()
-        if run.request_path.exists():
+        is_new = not run.request_path.exists()
+        if not is_new:
             _compare(output, _read_request(run), request)
             run.clear_temporaries()
         else:
@@ -111,7 +112,13 @@ def open_run(
             with atomic_path(run.request_path) as temporary:
                 text = json.dumps(request, ensure_ascii=False, indent=1)
                 temporary.write_text(text, encoding="utf-8")
-        yield run
+        try:
+            yield run
+        except EverAnimateError as error:
+            # What is refused leaves nothing behind, however late it is found.
+            if is_new and error.exit_code != RunError.exit_code and not run.count_finished():
+                run.remove()
+            raise
 
 
 def publish(made: Path, target: Path) -> None:

@@ -178,7 +178,7 @@ def test_a_bad_input_is_told_before_a_model_is_downloaded(
     assert refused(inputs=("text.png", "dance")).startswith("error: REF text.png is not a picture")
     assert refused("--view", "text.png").startswith("error: --view text.png is not a picture")
     motion = ("--pose", "dance/pose.mp4", "--face", "text.png")
-    assert refused(*motion, inputs=("anna.png",)).startswith("error: --face text.png cannot be")
+    assert refused(*motion, inputs=("anna.png",)).startswith("error: --face text.png is damaged")
     assert refused("--start", "2").startswith("error: --start 2 s is not within")
 
 
@@ -243,7 +243,8 @@ def test_models(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
     assert refused("--model", "owner/name", "--dry-run") == (
         f"error: --model owner/name is not in the cache ({cache}), and --dry-run downloads "
-        "nothing. Run it without, give a checkpoint folder, or use --model toy, which works offline."
+        "nothing. Run it without, give a checkpoint folder, or use --model toy, which works "
+        "offline."
     )
     assert refused("--lora", "owner/name/my.safetensors", "--dry-run") == (
         f"error: --lora owner/name/my.safetensors is not in the cache ({cache}), and --dry-run "
@@ -269,6 +270,20 @@ def test_missing_and_extra_weights(refused: Refused) -> None:
         "error: --model mine has no vae/diffusion_pytorch_model.safetensors. Give a complete "
         "checkpoint in diffusers layout."
     )
+
+
+@pytest.mark.usefixtures("own_model")
+def test_what_is_found_only_on_loading_leaves_nothing(animate: Animate, place: Path) -> None:
+    Path("mine/tokenizer/tokenizer.json").write_text("{}")
+    before = snapshot(place)
+    for words in (["--png", "frames"], ["--no-resume"]):
+        done = animate("--model", "mine", *words)
+        assert (done.code, done.out) == (2, "")
+        assert done.err.splitlines()[-1] == (
+            "error: --model mine: tokenizer cannot be loaded. Give a complete checkpoint in "
+            "diffusers layout."
+        )
+        assert snapshot(place) == before
 
 
 def test_loras_that_do_not_fit(refused: Refused, place: Path) -> None:

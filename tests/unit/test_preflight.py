@@ -262,6 +262,15 @@ def test_a_folder_without_write_permission_is_refused(monkeypatch: pytest.Monkey
         "--output locked/anna.mp4 cannot be written: the folder locked is not writable. "
         "Give another path."
     )
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path).suffix != ".run")
+    write_run("anna.mp4.run")  # of another user
+    with pytest.raises(InputError) as caught:
+        check_animate(settings(output=Path("anna.mp4")))
+    assert str(caught.value) == (
+        "--output anna.mp4 cannot be written: the folder anna.mp4.run is not writable. "
+        "Give another path."
+    )
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != Path("locked"))
     with pytest.raises(InputError) as caught:
         check_animate(settings(png=Path("locked")))
     assert str(caught.value) == (
