@@ -25,7 +25,10 @@ def test_the_path_goes_to_stdout_and_progress_to_stderr(animate: Animate, place:
     assert lines[0] == (
         "15 frames of 64x48 at 12.5 fps in 3 chunks of 2 steps, tiny on cpu in float32"
     )
-    assert [line.partition(":")[0] for line in lines[1:]] == ["chunk 1/3", "chunk 3/3"]
+    # A slow machine also shows the chunk between: a line comes at most every ten seconds of work.
+    chunks = [line.partition(":")[0] for line in lines[1:]]
+    assert (chunks[0], chunks[-1]) == ("chunk 1/3", "chunk 3/3")
+    assert set(chunks) <= {"chunk 1/3", "chunk 2/3", "chunk 3/3"}
     assert made_files(place) == ["anna.json", "anna.mp4"]
 
 
