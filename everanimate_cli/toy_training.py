@@ -564,7 +564,11 @@ def _encode_shard(work: Path, shard: int) -> int:
         first = shard * VIDEOS_PER_SHARD
         rows = [_training_tensors(_parts, first + i) for i in range(VIDEOS_PER_SHARD)]
         temporary = path.with_suffix(".partial")
-        save_file({name: np.stack([row[name] for row in rows]) for name in rows[0]}, temporary)
+        # safetensors writes memory as it lies: arrays that were transposed must be laid out anew.
+        arrays = {
+            name: np.ascontiguousarray(np.stack([row[name] for row in rows])) for name in rows[0]
+        }
+        save_file(arrays, temporary)
         temporary.replace(path)
     return shard
 

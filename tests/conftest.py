@@ -1,4 +1,4 @@
-"""For all tests: one thread, which is fastest for small tensors and gives the same sums anywhere."""
+"""For all tests: one thread, which is fastest for small tensors and sums alike anywhere."""
 
 import os
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from everanimate_cli import toy_loop, toy_training, toyworld, weights
 from everanimate_cli.toy_loop import Muon, TrainingPlan, load_average, train
@@ -75,6 +76,7 @@ def test_all_stages_make_a_checkpoint_that_loads(
     (tmp_path / "latents").mkdir()
     toy_training.measure_latents(tmp_path)
     toy_training._encode_shard(tmp_path, 0)
+    _check_shard(tmp_path)
     toy_training._parts = None
     toy_training.train_transformer(tmp_path, 0.005, 1)
     output = tmp_path / "model"
@@ -87,6 +89,24 @@ def test_all_stages_make_a_checkpoint_that_loads(
     assert config["latents_std"] != [1.0] * toy_training.LATENT_CHANNELS
     pipeline = weights.load_pipeline(source, [], torch.device("cpu"), torch.float32)
     assert pipeline.encode_prompt(source.defaults.prompt).shape == (1, 512, toy_training.TEXT_DIM)
+
+
+def _check_shard(work: Path) -> None:
+    """What was stored is the code of the frames it stands for.
+
+    Identity memory was once stored with its axes swapped in memory: the loss fell all the same, and
+    the network learnt to read pictures that nobody would ever show it.
+    """
+    shard = load_file(work / "latents" / "00000.safetensors")
+    parts = toy_training._load_frozen_parts(work)
+    for row in range(toy_training.VIDEOS_PER_SHARD):
+        video = toy_training._render_video(row)
+        frames = toy_training.to_pixels(video["rgb"])[:, -1:]  # [3, 1, H, W], the standing person
+        with torch.no_grad():
+            code = parts.encode(frames[None])[0, :, 0]
+        torch.testing.assert_close(
+            torch.from_numpy(shard["single"][row, :, -1]).float(), code, atol=5e-3, rtol=5e-3
+        )
 
 
 def _render_here(work: Path, num_videos: int) -> None:
