@@ -763,6 +763,7 @@ def train_transformer(work: Path, minutes: float, processes: int) -> None:
         adam_lr=2e-3,
         ema=0.9995,
         warmup_steps=100,
+        compile_each="blocks",
     )
     build = functools.partial(_build_for_training, work)
     train(work, plan, build, _transformer_loss, use_adam=_is_edge_of_transformer)
