@@ -8,7 +8,7 @@ import json
 import platform
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from shlex import quote
@@ -21,14 +21,16 @@ from everanimate_cli import weights
 from everanimate_cli.chunks import ChunkPlan, driving_indices
 from everanimate_cli.errors import InputError, MediaError, RunError, SettingsError
 from everanimate_cli.events import ChunkDone, ChunkStarted, Note, OnEvent, StepDone
+from everanimate_cli.extract import extract, make_request, reusable
 from everanimate_cli.images import atomic_path, fit_frame, fit_size, read_image, write_png
 from everanimate_cli.memory import chunk_noise, count_drawn_frames, draw_anchor_indices
-from everanimate_cli.preflight import settings_path
-from everanimate_cli.resume import load_chunk, open_run, publish, save_chunk
+from everanimate_cli.preflight import default_pose_folder, settings_path, unfit_size
+from everanimate_cli.resume import load_chunk, save_chunk
 from everanimate_cli.rollout import Rollout, Step
 from everanimate_cli.runs import Pictures, RunFolder, list_runs
 from everanimate_cli.settings import (
     AnimateSettings,
+    ExtractSettings,
     LoraSpec,
     ResolvedSettings,
     resolve,
@@ -42,6 +44,7 @@ from everanimate_cli.video import (
     as_rate,
     join_videos,
 )
+from everanimate_cli.workspace import open_work, publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -55,7 +58,11 @@ if TYPE_CHECKING:
 
 # Options that change neither a frame nor a byte of the encoded chunks, and the length, which may
 # change between runs.
-_FREE_OPTIONS = ("minutes", "seconds", "frames", "output", "device", "audio", "png")
+# How poses were made shows in the pose and face videos, whose content counts.
+_FREE_OPTIONS = (
+    *("minutes", "seconds", "frames", "output", "device", "audio", "png"),
+    *("pose_model", "detector", "person", "select", "retarget", "pose_folder"),
+)
 _MIB = 2**20
 
 
@@ -83,12 +90,14 @@ class _Media:
     Attributes:
         picture_u8: [*, *, 3] reference.
         views_u8: [*, *, 3] each.
-        motion: (what an error calls it, file) of pose and face.
+        motion: (what an error calls it, file) of pose and face; empty until they are made.
+        raw: The driving video that they are made of, as long as they are not.
     """
 
     picture_u8: Frames
     views_u8: Sequence[Frames]
-    motion: tuple[tuple[str, Path], tuple[str, Path]]
+    motion: Sequence[tuple[str, Path]]
+    raw: Path | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +151,21 @@ def animate(settings: AnimateSettings, on_event: OnEvent) -> AnimateResult:
     geometry = weights.read_geometry(source)
     with ExitStack() as stack:
         height, width = _choose_size(resolved, media.picture_u8, source, geometry.size_multiple)
-        inputs = _open_inputs(resolved, media, (height, width), geometry.face_size, stack, on_event)
+        if media.raw is None:
+            inputs = _open_inputs(
+                resolved, media, (height, width), geometry.face_size, stack, on_event
+            )
+            num_driving = len(inputs.pose)
+        else:
+            inputs = None
+            with _open_video("DRIVING", media.raw, resolved, _rate(resolved)) as raw:
+                num_driving = len(raw)
         plan = ChunkPlan(
-            num_frames=resolved.requested_frames or len(inputs.pose),
+            num_frames=resolved.requested_frames or num_driving,
             frames_per_chunk=resolved.frames_per_chunk,
             overlap=resolved.overlap,
         )
-        driving_indices(plan, 0, len(inputs.pose), resolved.extend)  # refuses what is too short
+        driving_indices(plan, 0, num_driving, resolved.extend)  # refuses what is too short
         anchors = _draw_anchors(resolved, plan)
         _segment_writer(Path(), height, width, resolved)  # refuses what no encoder takes
         facts: dict[str, Any] = {
@@ -160,7 +177,7 @@ def animate(settings: AnimateSettings, on_event: OnEvent) -> AnimateResult:
             "frames_per_chunk": plan.frames_per_chunk,
             "overlap": plan.overlap,
             "steps": resolved.steps,
-            "driving_frames": len(inputs.pose),
+            "driving_frames": num_driving,
             "model": source.name,
             "device": str(device),
             "dtype": str(dtype).removeprefix("torch."),
@@ -169,15 +186,31 @@ def animate(settings: AnimateSettings, on_event: OnEvent) -> AnimateResult:
             estimate = _estimate_memory_mib(source, plan, resolved, (height, width), dtype)
             return AnimateResult(output=resolved.output, facts=facts | estimate)
 
+        timings: dict[str, float] = {}
+        if inputs is None:
+            resolved, media = _extract_driving(
+                resolved, media, source, (height, width), geometry.face_size, on_event
+            )
+            timings["poses_s"] = time.monotonic() - started_s
+            facts["pose_folder"] = str(resolved.driving)
+            inputs = _open_inputs(
+                resolved, media, (height, width), geometry.face_size, stack, on_event
+            )
         request = _request(resolved, source, loras, inputs, (height, width), facts)
         _name_other_runs(resolved.output, on_event)
         run = stack.enter_context(
-            open_run(resolved.output, request, resume=resolved.resume, overwrite=resolved.overwrite)
+            open_work(
+                RunFolder(run_folder(resolved.output)),
+                request,
+                label="--output",
+                resume=resolved.resume,
+                overwrite=resolved.overwrite,
+            )
         )
         work = _plan_work(run, plan, resolved)
         on_event(Note(text=_describe_work(facts, work)))
-        timings: dict[str, float] = {}
         if work:
+            loading_s = time.monotonic()
             pipeline = weights.load_pipeline(
                 source,
                 loras,
@@ -185,7 +218,7 @@ def animate(settings: AnimateSettings, on_event: OnEvent) -> AnimateResult:
                 dtype,
                 with_image_processor=resolved.memory == "pixel",
             )
-            timings["load_s"] = time.monotonic() - started_s
+            timings["load_s"] = time.monotonic() - loading_s
             rollout = _build_rollout(resolved, pipeline, inputs, plan, anchors)
             _encode_again(run, rollout, plan, resolved, inputs, work)
             facts |= _generate(run, rollout, plan, resolved, inputs, work, timings, on_event)
@@ -229,19 +262,8 @@ def _choose_size(
         return fit_size(picture_u8.shape[0], picture_u8.shape[1], area, multiple)
     height, width = asked
     if height % multiple or width % multiple:
-        below, above = (
-            f"{_to_multiple(width, multiple, up)}x{_to_multiple(height, multiple, up)}"
-            for up in (False, True)
-        )
-        raise SettingsError(
-            f"--size {width}x{height} is not a multiple of {multiple} on both sides. "
-            f"Give {below} or {above}."
-        )
+        raise unfit_size(asked, multiple)
     return height, width
-
-
-def _to_multiple(value: int, multiple: int, up: bool) -> int:
-    return max(multiple, (value + (multiple - 1 if up else 0)) // multiple * multiple)
 
 
 def _check_media(settings: AnimateSettings) -> _Media:
@@ -250,15 +272,11 @@ def _check_media(settings: AnimateSettings) -> _Media:
         picture_u8 = read_image(settings.ref)
     with _named("--view"):
         views_u8 = [read_image(path) for path in settings.view]
-    if settings.driving is not None:
-        motion = (
-            ("DRIVING", settings.driving / "pose.mp4"),
-            ("DRIVING", settings.driving / "face.mp4"),
-        )
-    else:
-        assert settings.pose is not None  # checked on construction
-        assert settings.face is not None
-        motion = (("--pose", settings.pose), ("--face", settings.face))
+    raw = settings.driving
+    if raw is not None and not raw.is_dir():
+        _open_video("DRIVING", raw, settings)
+        return _Media(picture_u8=picture_u8, views_u8=views_u8, motion=(), raw=raw)
+    motion = _motion_of(settings)
     counts = [_open_video(*place, settings).info.num_frames for place in motion]
     if counts[0] != counts[1]:
         raise MediaError(
@@ -266,6 +284,66 @@ def _check_media(settings: AnimateSettings) -> _Media:
             "Both must come from the same driving video."
         )
     return _Media(picture_u8=picture_u8, views_u8=views_u8, motion=motion)
+
+
+def _motion_of(settings: AnimateSettings) -> Sequence[tuple[str, Path]]:
+    """(what an error calls it, file) of the pose and the face video."""
+    if settings.driving is not None:
+        return [("DRIVING", settings.driving / name) for name in ("pose.mp4", "face.mp4")]
+    assert settings.pose is not None  # checked on construction
+    assert settings.face is not None
+    return [("--pose", settings.pose), ("--face", settings.face)]
+
+
+def _extract_driving(
+    settings: ResolvedSettings,
+    media: _Media,
+    source: weights.ModelSource,
+    size: tuple[int, int],
+    face_size: int,
+    on_event: OnEvent,
+) -> tuple[ResolvedSettings, _Media]:
+    """Make the poses of a raw video, or find them from an earlier run.
+
+    Returns:
+        Settings and media as if the folder of the poses had been given.
+    """
+    assert media.raw is not None
+    asked = ExtractSettings(
+        video=media.raw,
+        output=settings.pose_folder or default_pose_folder(settings.output, media.raw),
+        start=settings.start,
+        end=settings.end,
+        fps=settings.fps,
+        size=f"{size[1]}x{size[0]}",
+        fit=settings.fit,
+        pose_model=settings.pose_model or source.defaults.pose_model,
+        detector=settings.detector,
+        provider="auto" if settings.device == "mps" else settings.device,
+        person=settings.person,
+        select=settings.select,
+        face_size=face_size,
+        retarget=settings.ref if settings.retarget else None,
+        resume=settings.resume,
+        overwrite=settings.overwrite,
+    )
+    folder = asked.output
+    assert folder is not None
+    differences = reusable(folder, make_request(asked, size))
+    if differences and not settings.overwrite:
+        raise SettingsError(
+            f"--pose-folder {folder} holds poses that were made otherwise: "
+            f"{'; '.join(differences)}. Give another --pose-folder, --overwrite to make them "
+            "again, or this folder itself as DRIVING."
+        )
+    if differences == []:
+        on_event(Note(text=f"the poses of {media.raw} are in {folder} already"))
+    else:
+        on_event(Note(text=f"extracting the poses of {media.raw} into {folder}"))
+        extract(asked, on_event)
+    # The folder holds the part that was asked for.
+    settings = replace(settings, driving=folder, start=0.0, end=None)
+    return settings, replace(media, motion=_motion_of(settings), raw=None)
 
 
 def _open_video(
@@ -289,6 +367,13 @@ def _open_video(
         raise SettingsError(f"--{error} Give an earlier time.") from error
 
 
+def _rate(settings: ResolvedSettings) -> Fraction:
+    try:
+        return as_rate(settings.fps)
+    except SettingsError as error:
+        raise SettingsError(f"--fps {settings.fps:g}: {error}") from error
+
+
 def _open_inputs(
     settings: ResolvedSettings,
     media: _Media,
@@ -300,10 +385,7 @@ def _open_inputs(
     """Open the videos at the rate and size of the result and find the sound."""
     fit = functools.partial(fit_frame, height=size[0], width=size[1], fit=settings.fit)
     squash = functools.partial(fit_frame, height=face_size, width=face_size, fit="stretch")
-    try:
-        rate = as_rate(settings.fps)
-    except SettingsError as error:
-        raise SettingsError(f"--fps {settings.fps:g}: {error}") from error
+    rate = _rate(settings)
     (pose_label, pose_path), (face_label, face_path) = media.motion
     pose = stack.enter_context(_open_video(pose_label, pose_path, settings, rate, fit))
     face = stack.enter_context(_open_video(face_label, face_path, settings, rate, squash))

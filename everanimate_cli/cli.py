@@ -11,13 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from everanimate_cli import __version__
 from everanimate_cli.errors import EverAnimateError, InputError, RunError, SettingsError
-from everanimate_cli.preflight import check_animate, check_demo
+from everanimate_cli.preflight import check_animate, check_demo, check_extract
 from everanimate_cli.runs import list_runs, remove_run
 from everanimate_cli.settings import (
     HUB_MODEL,
@@ -26,14 +26,23 @@ from everanimate_cli.settings import (
     Codec,
     DemoSettings,
     Device,
+    DrawMode,
     Dtype,
     Extend,
+    ExtractSettings,
     Fit,
     Memory,
+    Provider,
+    Reacquire,
+    Select,
     combine,
     option_name,
     read_saved_options,
 )
+
+if TYPE_CHECKING:
+    from everanimate_cli.animate import AnimateResult
+    from everanimate_cli.extract import ExtractResult
 
 PROGRAM = "everanimate"
 INTERRUPTED = 130
@@ -43,23 +52,44 @@ APP_HELP = "Animate a character from one picture with the motion of a video, for
 # The help keeps line breaks, so a paragraph is one line; a lone backspace keeps the lines below it.
 ANIMATE_HELP = (
     "Animate the character in the picture REF with the motion in DRIVING.\n\n"
-    "DRIVING is a folder with pose.mp4, face.mp4 and extract.json; or give --pose and --face. "
+    "DRIVING is a video of a moving person, or the folder that extract-pose made of one; or give "
+    "--pose and --face. The poses of a video are kept in VIDEO_pose beside the result. "
     "The result is DRIVING_REF.mp4 in the current folder unless --output says otherwise; its path "
     "is all that goes to stdout. An interrupted run continues when the same command is run again."
     f"""
 
 \b
 Examples:
-  {PROGRAM} animate anna.png dance
-  {PROGRAM} animate anna.png dance --minutes 2 -o anna.mp4
-  {PROGRAM} animate anna.png dance --model toy --size auto
-  {PROGRAM} animate anna.png dance --lora my.safetensors=0.8
+  {PROGRAM} animate anna.png dance.mp4
+  {PROGRAM} animate anna.png dance.mp4 --minutes 2 -o anna.mp4
+  {PROGRAM} animate anna.png dance_pose --size auto
+  {PROGRAM} animate anna.png dance.mp4 --model toy
+  {PROGRAM} animate anna.png dance.mp4 --lora my.safetensors=0.8
   {PROGRAM} animate --config anna.json --seed 7 -o other.mp4
 """
 )
 
+EXTRACT_HELP = (
+    "Turn VIDEO into pose and face videos, the folder that animate takes.\n\n"
+    "One person is chosen and followed. The folder is VIDEO_pose in the current folder unless "
+    "--output says otherwise; its path is all that goes to stdout. An interrupted extraction "
+    "continues when the same command is run again. Models are downloaded once; --pose-model and "
+    "--detector also take .onnx files."
+    f"""
+
+\b
+Examples:
+  {PROGRAM} extract-pose dance.mp4
+  {PROGRAM} extract-pose dance.mp4 --size 480x832 --preview
+  {PROGRAM} extract-pose dance.mp4 --list-persons
+  {PROGRAM} extract-pose dance.mp4 --person 1 --start 1:10 --end 1:30
+  {PROGRAM} extract-pose dance.mp4 --retarget anna.png -o dance_anna
+"""
+)
+
 DEMO_HELP = (
-    "Render a character and a dance, and animate it with the embedded toy model.\n\n"
+    "Render a character and a dance, and animate it with the embedded toy models.\n\n"
+    "The dance is a raw video: its poses are extracted first. "
     "Needs no network and no GPU. The inputs, the video and a contact sheet are written into DIR; "
     "the paths of the video and the sheet go to stdout."
     f"""
@@ -114,6 +144,7 @@ def _option(
     flags: Sequence[str] = (),
     metavar: str | None = None,
     default: str | None = None,
+    of: type[AnimateSettings | ExtractSettings] = AnimateSettings,
 ) -> Any:
     """An option whose value is None unless given, so that a settings file can stand behind it.
 
@@ -124,8 +155,9 @@ def _option(
         flags: How it is written, if not just `--field-name`.
         metavar: What stands for its value in the help.
         default: What to show instead of the field's default.
+        of: The settings that have the field.
     """
-    item = next(item for item in fields(AnimateSettings) if item.name == field_name)
+    item = next(item for item in fields(of) if item.name == field_name)
     value = item.default
     if default is None and isinstance(value, str | float | int) and value is not False:
         default = (
@@ -154,6 +186,8 @@ _PICTURE = "Picture"
 _SAMPLING = "Sampling"
 _MEMORY = "Memory between chunks"
 _RESULT = "Result"
+_PERSON = "Person"
+_DRAWING = "Drawing"
 _RUN = "Run"
 _OF_MODEL = "the model's"
 _WHOLE = "all of it"
@@ -211,7 +245,7 @@ def _animate(
         Path | None,
         typer.Argument(
             metavar="DRIVING",
-            help="Folder with pose.mp4, face.mp4 and extract.json.",
+            help="Video of a moving person, or a folder made by extract-pose.",
             show_default=False,
         ),
     ] = None,
@@ -244,6 +278,54 @@ def _animate(
             "When the motion is shorter than asked: pingpong, loop, hold, or an error.",
             _LENGTH,
             metavar="HOW",
+        ),
+    ] = None,
+    pose_model: Annotated[
+        str | None,
+        _option(
+            "pose_model",
+            "Who estimates the poses of a raw video, see extract-pose.",
+            _LENGTH,
+            metavar="NAME|FILE",
+            default=_OF_MODEL,
+        ),
+    ] = None,
+    detector: Annotated[
+        str | None,
+        _option(
+            "detector",
+            "Who finds the person in it.",
+            _LENGTH,
+            metavar="NAME|FILE",
+            default="the pose model's",
+        ),
+    ] = None,
+    person: Annotated[
+        int | None,
+        _option("person", "Whom to follow in it: a number of --list-persons.", _LENGTH),
+    ] = None,
+    select: Annotated[
+        Select | None,
+        _option("select", "Or by size or place in its first second.", _LENGTH, default="size"),
+    ] = None,
+    retarget: Annotated[
+        bool | None,
+        _option(
+            "retarget",
+            "Give its poses the limb lengths and the place of the character.",
+            _LENGTH,
+            flags=("--retarget/--no-retarget",),
+            default="off",
+        ),
+    ] = None,
+    pose_folder: Annotated[
+        Path | None,
+        _option(
+            "pose_folder",
+            "Where its poses are kept, and found again.",
+            _LENGTH,
+            metavar="DIR",
+            default="VIDEO_pose beside the result",
         ),
     ] = None,
     model: Annotated[
@@ -433,9 +515,343 @@ def _animate(
 
         with show_progress(quiet=quiet) as on_event:
             result = animate(settings, on_event)
+    _show_result(result, as_json=as_json, is_plan=settings.dry_run)
+
+
+@app.command("extract-pose", help=EXTRACT_HELP)
+def _extract_pose(
+    video: Annotated[
+        Path, typer.Argument(metavar="VIDEO", help="Video of a moving person.", show_default=False)
+    ],
+    output: Annotated[
+        Path | None,
+        _option(
+            "output",
+            "The folder to make.",
+            _RESULT,
+            flags=("--output", "-o"),
+            default="VIDEO_pose",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool | None,
+        _option("overwrite", "Replace an existing result.", _RESULT, of=ExtractSettings),
+    ] = None,
+    size: Annotated[
+        str | None,
+        _option(
+            "size",
+            "Of the pose video; auto: the aspect of the reference, or else of the video.",
+            _RESULT,
+            metavar="WxH|auto",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    fps: Annotated[
+        float | None,
+        _option(
+            "fps", "Frames per second; the motion keeps its speed.", _RESULT, of=ExtractSettings
+        ),
+    ] = None,
+    fit: Annotated[
+        Fit | None,
+        _option("fit", "How the video fills the pose video.", _RESULT, of=ExtractSettings),
+    ] = None,
+    crf: Annotated[
+        int | None,
+        _option(
+            "crf", "Quality, 0 to 51; lower is better and larger.", _RESULT, of=ExtractSettings
+        ),
+    ] = None,
+    lossless: Annotated[
+        bool | None,
+        _option(
+            "lossless",
+            "Exact colours (yuv444p, CRF 0); few players show such files.",
+            _RESULT,
+            of=ExtractSettings,
+        ),
+    ] = None,
+    preview: Annotated[
+        bool | None,
+        _option(
+            "preview",
+            "Also write preview.mp4: source, pose and face side by side.",
+            _RESULT,
+            of=ExtractSettings,
+        ),
+    ] = None,
+    face_size: Annotated[
+        int | None, _option("face_size", "Side of the face video.", _RESULT, of=ExtractSettings)
+    ] = None,
+    start: Annotated[
+        str | None,
+        _option(
+            "start", "Where to begin: 12.5 or 1:02.5.", _LENGTH, metavar="TIME", of=ExtractSettings
+        ),
+    ] = None,
+    end: Annotated[
+        str | None,
+        _option(
+            "end",
+            "Where to end.",
+            _LENGTH,
+            metavar="TIME",
+            default="the video's end",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    list_persons: Annotated[
+        bool,
+        typer.Option(
+            "--list-persons",
+            help="List the people in the video, and stop.",
+            rich_help_panel=_PERSON,
+        ),
+    ] = False,
+    person: Annotated[
+        int | None,
+        _option(
+            "person",
+            "Whom to follow: a number of --list-persons, 0 is the largest at the start.",
+            _PERSON,
+            of=ExtractSettings,
+        ),
+    ] = None,
+    select: Annotated[
+        Select | None,
+        _option(
+            "select",
+            "Or by size or place in the first second.",
+            _PERSON,
+            default="size",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    reacquire: Annotated[
+        Reacquire | None,
+        _option(
+            "reacquire",
+            "Who may take over when this person is gone for long: the same one only, or any.",
+            _PERSON,
+            of=ExtractSettings,
+        ),
+    ] = None,
+    max_gap: Annotated[
+        float | None,
+        _option(
+            "max_gap",
+            "Seconds without the person that are filled in.",
+            _PERSON,
+            of=ExtractSettings,
+        ),
+    ] = None,
+    pose_model: Annotated[
+        str | None,
+        _option(
+            "pose_model",
+            "rtmw, rtmw-m, dwpose, vitpose, toy, or an .onnx file.",
+            _MODEL,
+            metavar="NAME|FILE",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    detector: Annotated[
+        str | None,
+        _option(
+            "detector",
+            "yolox-m, yolox-tiny, yolov10m, toy, or an .onnx file.",
+            _MODEL,
+            metavar="NAME|FILE",
+            default="the pose model's",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    detect_every: Annotated[
+        int | None,
+        _option(
+            "detect_every",
+            "Frames from one look of the detector to the next; more looks where it is needed.",
+            _MODEL,
+            of=ExtractSettings,
+        ),
+    ] = None,
+    provider: Annotated[
+        Provider | None,
+        _option("provider", "Where the networks run.", _MODEL, of=ExtractSettings),
+    ] = None,
+    threads: Annotated[
+        int | None,
+        _option(
+            "threads",
+            "Threads of a network on the CPU.",
+            _MODEL,
+            default="all cores",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        _option(
+            "reference",
+            "Picture of the character, stored beside as the poses are fitted.",
+            _DRAWING,
+            metavar="REF",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    retarget: Annotated[
+        Path | None,
+        _option(
+            "retarget",
+            "The same, and the poses get its limb lengths and its place.",
+            _DRAWING,
+            metavar="REF",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    template_frame: Annotated[
+        int | None,
+        _option(
+            "template_frame",
+            "Frame that is compared with the reference.",
+            _DRAWING,
+            default="the first with a whole pose",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    smooth: Annotated[
+        bool | None,
+        _option(
+            "smooth",
+            "Smooth the keypoints.",
+            _DRAWING,
+            flags=("--smooth/--no-smooth",),
+            of=ExtractSettings,
+        ),
+    ] = None,
+    face_smooth: Annotated[
+        bool | None,
+        _option(
+            "face_smooth",
+            "Smooth the face box.",
+            _DRAWING,
+            flags=("--face-smooth/--no-face-smooth",),
+            default="off",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    face_scale: Annotated[
+        float | None,
+        _option(
+            "face_scale",
+            "Area of the face crop over that of the landmarks.",
+            _DRAWING,
+            of=ExtractSettings,
+        ),
+    ] = None,
+    face_square: Annotated[
+        bool | None,
+        _option("face_square", "Cut a square instead.", _DRAWING, of=ExtractSettings),
+    ] = None,
+    face_hold: Annotated[
+        float | None,
+        _option(
+            "face_hold",
+            "Seconds for which the last face box is used when the face turns away.",
+            _DRAWING,
+            of=ExtractSettings,
+        ),
+    ] = None,
+    face_threshold: Annotated[
+        float | None,
+        _option(
+            "face_threshold",
+            "Least mean score of a face.",
+            _DRAWING,
+            default="the pose model's",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    body_threshold: Annotated[
+        float | None,
+        _option(
+            "body_threshold",
+            "Least score of a drawn joint.",
+            _DRAWING,
+            default="the pose model's",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    hand_threshold: Annotated[
+        float | None,
+        _option(
+            "hand_threshold",
+            "Least score of a drawn hand point.",
+            _DRAWING,
+            default="the pose model's",
+            of=ExtractSettings,
+        ),
+    ] = None,
+    draw_mode: Annotated[
+        DrawMode | None,
+        _option(
+            "draw_mode",
+            "canvas: drawn at the size of the result; native: at the video's, then shrunk.",
+            _DRAWING,
+            of=ExtractSettings,
+        ),
+    ] = None,
+    resume: Annotated[
+        bool | None,
+        _option(
+            "resume",
+            "Continue an unfinished extraction.",
+            _RUN,
+            flags=("--resume/--no-resume",),
+            of=ExtractSettings,
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool | None, _option("dry_run", "Print the plan and stop.", _RUN, of=ExtractSettings)
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run `everanimate extract-pose`."""
+    # The parameters are named as the settings fields; the other three are the command line's own.
+    given = {
+        name: value
+        for name, value in locals().items()
+        if value is not None and name not in ("list_persons", "as_json", "quiet")
+    }
+    settings = ExtractSettings.from_json(given)
+    check_extract(settings, lists_only=list_persons)
+    with _resumable("again" if settings.resume else "without --no-resume"):
+        from everanimate_cli import extract
+        from everanimate_cli.console import show_progress
+
+        with show_progress(quiet=quiet) as on_event:
+            if list_persons:
+                persons = extract.list_persons(settings, on_event)
+            else:
+                result = extract.extract(settings, on_event)
+    if list_persons:
+        if as_json:
+            typer.echo(json.dumps([person.to_json() for person in persons], ensure_ascii=False))
+        else:
+            for person_seen in persons:
+                typer.echo(person_seen.describe())
+        return
+    _show_result(result, as_json=as_json, is_plan=settings.dry_run)
+
+
+def _show_result(result: "AnimateResult | ExtractResult", *, as_json: bool, is_plan: bool) -> None:
+    """The path that was made, or a plan line by line, or all of it as JSON."""
     if as_json:
         typer.echo(json.dumps(result.to_json(), ensure_ascii=False))
-    elif settings.dry_run:
+    elif is_plan:
         for name, value in result.to_json().items():
             typer.echo(_plan_line(name, value))
     else:

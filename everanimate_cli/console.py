@@ -1,5 +1,6 @@
-"""The console on stderr: two bars on a terminal, else plain lines."""
+"""The console on stderr: a bar per phase on a terminal, two for chunks, else plain lines."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +16,16 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from everanimate_cli.events import ChunkDone, ChunkStarted, Event, Note, OnEvent, StepDone
+from everanimate_cli.events import (
+    ChunkDone,
+    ChunkStarted,
+    Event,
+    Note,
+    OnEvent,
+    PhaseAdvanced,
+    PhaseStarted,
+    StepDone,
+)
 
 # Short chunks would fill a log with their lines, so that one is printed this often at most, and
 # for the first and the last chunk.
@@ -59,6 +69,38 @@ class Tally:
         return ", ".join(part for part in parts if part)
 
 
+@dataclass
+class PhaseTally:
+    """How fast a phase goes; what an earlier run has done does not count."""
+
+    phase: PhaseStarted
+    started_s: float
+    done: int = 0
+
+    def advance(self, done: int) -> None:
+        """Take note of how many are done."""
+        self.done = done
+
+    def speed(self) -> str:
+        """Such as "25.0 frames/s"; empty as long as nothing is known."""
+        rate = self._rate()
+        return f"{rate:.1f} {self.phase.unit}/s" if rate else ""
+
+    def line(self) -> str:
+        """One line: how many are done, how fast, and the time that the rest will take."""
+        parts = [f"{self.phase.name}: {self.done}/{self.phase.total} {self.phase.unit}"]
+        rate = self._rate()
+        if rate:
+            parts.append(self.speed())
+            if self.done < self.phase.total:
+                parts.append(f"{_clock((self.phase.total - self.done) / rate)} left")
+        return ", ".join(parts)
+
+    def _rate(self) -> float:
+        seconds = time.monotonic() - self.started_s
+        return max(0, self.done - self.phase.done) / seconds if seconds > 0 else 0.0
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -100,11 +142,22 @@ def _ignore(_event: Event) -> None:
 def _plain_reporter(console: Console) -> Callable[[Event], None]:
     tally = Tally()
     next_line_s = 0.0
+    phase: PhaseTally | None = None
+    next_phase_line_s = 0.0
 
     def report(event: Event) -> None:
-        nonlocal next_line_s
+        nonlocal next_line_s, phase, next_phase_line_s
         if isinstance(event, Note):
             _print_line(console, event.text)
+        elif isinstance(event, PhaseStarted):
+            phase = PhaseTally(event, time.monotonic(), event.done)
+            next_phase_line_s = phase.started_s + _LINE_PERIOD_S
+        elif isinstance(event, PhaseAdvanced):
+            if phase is not None:
+                phase.advance(event.done)
+                if event.done == phase.phase.total or time.monotonic() >= next_phase_line_s:
+                    next_phase_line_s = time.monotonic() + _LINE_PERIOD_S
+                    _print_line(console, phase.line())
         elif isinstance(event, ChunkStarted):
             tally.num_chunks = event.num_chunks
         elif isinstance(event, ChunkDone):
@@ -132,6 +185,7 @@ class BarReporter:
         self._started: ChunkStarted | None = None
         self._chunks: TaskID | None = None
         self._steps: TaskID | None = None
+        self._phase: tuple[PhaseTally, TaskID] | None = None
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -141,6 +195,17 @@ class BarReporter:
             self._start(event)
         elif isinstance(event, StepDone):
             self._step(event.step_index + 1)
+        elif isinstance(event, PhaseStarted):
+            tally = PhaseTally(event, time.monotonic(), event.done)
+            task = self._bars.add_task(
+                event.name, total=event.total, completed=event.done, speed=""
+            )
+            self._phase = tally, task
+        elif isinstance(event, PhaseAdvanced):
+            if self._phase is not None:
+                tally, task = self._phase
+                tally.advance(event.done)
+                self._bars.update(task, completed=event.done, speed=tally.speed())
         elif self._chunks is not None:
             self._tally.add(event)
             self._bars.update(

@@ -1,8 +1,7 @@
-"""`everanimate demo`: a rendered character, a rendered dance with sound, and the toy model."""
+"""`everanimate demo`: a rendered character, a rendered dance with sound, and the toy models."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import wave
 from dataclasses import dataclass
@@ -16,19 +15,19 @@ from PIL import Image, ImageDraw
 from everanimate_cli.animate import animate
 from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.images import atomic_path, write_png
-from everanimate_cli.preflight import DEMO_MODELS, demo_options, read_demo_options
+from everanimate_cli.preflight import demo_options, demo_record_path, read_demo_options
 from everanimate_cli.settings import (
     TOY_MODEL,
     AnimateSettings,
     DemoSettings,
     read_model_defaults,
 )
-from everanimate_cli.toyworld import FACE_SIZE_PX, Dance, ToyScene
+from everanimate_cli.toyworld import Dance, ToyScene
 from everanimate_cli.video import AudioSource, VideoReader, VideoWriter, join_videos
 from everanimate_cli.weights import TOY_FOLDER
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
 
@@ -37,9 +36,7 @@ if TYPE_CHECKING:
 # People that the toy model was not trained on start here; two to a seed, the character and the
 # dancer.
 FIRST_HELD_OUT_PERSON = 1_000_000
-RAW_SIZE_PX = (
-    256  # of the driving video, which is larger than what the model makes, as in real life
-)
+RAW_SIZE_PX = 256  # width of the driving video
 SOUND_RATE_HZ = 44_100
 SHEET_COLUMNS = 8
 SHEET_CELL_PX = 128
@@ -54,7 +51,7 @@ class DemoResult:
         output: The animated video.
         contact_sheet: Reference, driving frames, poses and results over time in one picture.
         reference: The character.
-        driving: Folder of the driving motion.
+        driving: The driving video.
         facts: What `animate` says of its run.
     """
 
@@ -89,7 +86,7 @@ def run_demo(settings: DemoSettings, on_event: OnEvent) -> DemoResult:
     """
     folder = settings.directory
     folder.mkdir(parents=True, exist_ok=True)
-    reference, driving = folder / "reference.png", folder / "driving"
+    reference, driving = folder / "reference.png", folder / "driving.mp4"
     # An unfinished demo of other options is only there with `--overwrite`, see `check_demo`.
     continues = read_demo_options(folder) == demo_options(settings)
     on_event(Note(text=f"rendering a character and {settings.seconds:g} s of dance into {folder}"))
@@ -105,7 +102,8 @@ def run_demo(settings: DemoSettings, on_event: OnEvent) -> DemoResult:
     )
     result = animate(request, on_event)
     sheet = folder / "contact_sheet.png"
-    write_png(sheet, contact_sheet(reference, driving, settings.output))
+    pose = Path(result.facts["pose_folder"]) / "pose.mp4"
+    write_png(sheet, contact_sheet(reference, driving, pose, settings.output))
     return DemoResult(
         output=result.output,
         contact_sheet=sheet,
@@ -116,11 +114,11 @@ def run_demo(settings: DemoSettings, on_event: OnEvent) -> DemoResult:
 
 
 def render_inputs(reference: Path, driving: Path, settings: DemoSettings) -> None:
-    """Write a reference picture and a driving folder of the toy world.
+    """Write a reference picture and a driving video of the toy world.
 
     Args:
         reference: PNG to write: the character, standing.
-        driving: Folder to make: another person dancing, with a turn in the second half.
+        driving: MP4 to write: another person dancing to music, with a turn in the second half.
         settings: Length of the dance; character, dancer, dance and sound follow from the seed.
     """
     seconds, seed = settings.seconds, settings.seed
@@ -129,56 +127,27 @@ def render_inputs(reference: Path, driving: Path, settings: DemoSettings) -> Non
     character = FIRST_HELD_OUT_PERSON + 2 * seed
     dance = Dance(character, turn_after_s=0.4 * seconds)
     num_frames = max(1, round(seconds * defaults.fps))
-    video = driving / "driving.mp4"
-    record = {
-        "format_version": 1,
-        "source": video.name,
-        "source_sha256": "",
-        "start_s": 0.0,
-        "fps": defaults.fps,
-        "size": f"{width}x{height}",
-        "num_frames": num_frames,
-        "models": DEMO_MODELS,
-        "settings": demo_options(settings),
-    }
-    driving.mkdir(exist_ok=True)
     # First of all, so that a demo that is interrupted here is known as one and goes on.
-    _write_json(driving / "extract.json", record)
+    _write_json(demo_record_path(driving.parent), demo_options(settings))
     write_png(reference, ToyScene(character, dance, height=height, width=width).reference())
-    dancer = character + 1
-    raw = ToyScene(dancer, dance, height=RAW_SIZE_PX * height // width, width=RAW_SIZE_PX)
-    small = ToyScene(dancer, dance, height=height, width=width)
-    sizes = {
-        "source": (raw.height, raw.width),
-        "pose": (height, width),
-        "face": (FACE_SIZE_PX, FACE_SIZE_PX),
-    }
-    paths = {name: driving / f"{name}.mp4" for name in sizes}
-    writers = {
-        name: VideoWriter(paths[name], height=size[0], width=size[1], rate=defaults.fps, crf=12)
-        for name, size in sizes.items()
-    }
-    keypoints = []
-    with writers["source"], writers["pose"], writers["face"]:
-        for index in range(num_frames):
-            moment = index / defaults.fps
-            frame = small.frame_at(moment)
-            writers["source"].write(raw.frame_at(moment).rgb[None])
-            writers["pose"].write(frame.pose[None])
-            writers["face"].write(frame.face[None])
-            keypoints.append(frame.keypoints)
-    sound = driving / "sound.wav"
-    _write_music(sound, num_frames / defaults.fps, dance.beat_hz)
-    join_videos([paths["source"]], video, audio=AudioSource(path=sound))
-    sound.unlink()
-    paths["source"].unlink()
-    with atomic_path(driving / "keypoints.npz") as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, keypoints=np.stack(keypoints).astype(np.float32))
-    digest = hashlib.sha256(video.read_bytes()).hexdigest()
-    _write_json(driving / "extract.json", {**record, "source_sha256": digest})
+    # Larger than what the model makes, as in real life, and of even sides for the encoder.
+    raw_height = 2 * round(RAW_SIZE_PX * height / width / 2)
+    scene = ToyScene(character + 1, dance, height=raw_height, width=RAW_SIZE_PX)
+    silent, sound = driving.with_name("silent.mp4"), driving.with_name("sound.wav")
+    try:
+        with VideoWriter(
+            silent, height=raw_height, width=RAW_SIZE_PX, rate=defaults.fps, crf=12
+        ) as writer:
+            for index in range(num_frames):
+                writer.write(scene.frame_at(index / defaults.fps).rgb[None])
+        _write_music(sound, num_frames / defaults.fps, dance.beat_hz)
+        join_videos([silent], driving, audio=AudioSource(path=sound))
+    finally:
+        for path in (silent, sound):
+            path.unlink(missing_ok=True)
 
 
-def _write_json(path: Path, record: dict[str, Any]) -> None:
+def _write_json(path: Path, record: Mapping[str, Any]) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
@@ -204,12 +173,13 @@ def _write_music(path: Path, seconds: float, beat_hz: float) -> None:
         file.writeframes(samples.astype("<i2").tobytes())
 
 
-def contact_sheet(reference: Path, driving: Path, result: Path) -> Frames:
+def contact_sheet(reference: Path, driving: Path, pose: Path, result: Path) -> Frames:
     """Driving frames, poses and results at even times beside the reference, with labels.
 
     Args:
         reference: Picture of the character.
-        driving: Folder with `driving.mp4` and `pose.mp4`.
+        driving: The driving video.
+        pose: Its poses.
         result: The animated video, as long as the driving one.
 
     Returns:
@@ -220,7 +190,7 @@ def contact_sheet(reference: Path, driving: Path, result: Path) -> Frames:
         indices = np.linspace(0, len(reader) - 1, SHEET_COLUMNS).round().astype(int).tolist()
         times_s = [index / float(reader.rate) for index in indices]
         made = reader.read(indices)
-    for label, path in (("driving", driving / "driving.mp4"), ("pose", driving / "pose.mp4")):
+    for label, path in (("driving", driving), ("pose", pose)):
         with VideoReader(path) as reader:
             rows.append((label, reader.read([min(i, len(reader) - 1) for i in indices])))
     rows.append(("result", made))

@@ -39,11 +39,35 @@ class ChunkDone:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PhaseStarted:
+    """Work that is counted begins, or goes on where an earlier run stopped.
+
+    Attributes:
+        name: What is done, such as "poses".
+        total: How many there are in all.
+        done: How many an earlier run has done.
+        unit: What is counted, such as "frames".
+    """
+
+    name: str
+    total: int
+    done: int = 0
+    unit: str = "frames"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PhaseAdvanced:
+    """So many are done in the phase that started last; it ends with `done` at its total."""
+
+    done: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Note:
     """A line for the reader: a phase that takes time, a warning, a choice made on the way."""
 
     text: str
 
 
-Event = ChunkStarted | StepDone | ChunkDone | Note
+Event = ChunkStarted | StepDone | ChunkDone | PhaseStarted | PhaseAdvanced | Note
 OnEvent = Callable[[Event], None]

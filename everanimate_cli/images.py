@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import cv2
 import numpy as np
@@ -192,26 +192,63 @@ def fit_frame(frame_u8: Frames, height: int, width: int, fit: Fit) -> Frames:
 
     Source: pose page section 4.1 ("contain").
     """
-    source_height, source_width = frame_u8.shape[:2]
-    if (source_height, source_width) == (height, width):
+    if frame_u8.shape[:2] == (height, width):
         return frame_u8
-    if fit == "stretch":
-        return _resize(frame_u8, height, width)
-    if fit == "cover":
-        if source_width * height > source_height * width:  # too wide
-            crop_height, crop_width = source_height, max(1, round(source_height * width / height))
-        else:
-            crop_height, crop_width = max(1, round(source_width * height / width)), source_width
-        top, left = (source_height - crop_height) // 2, (source_width - crop_width) // 2
-        return _resize(frame_u8[top : top + crop_height, left : left + crop_width], height, width)
-    top, left, content_height, content_width = contain_box(
-        source_height, source_width, height, width
-    )
+    cut, place = _fit_boxes(frame_u8.shape[0], frame_u8.shape[1], height, width, fit)
+    piece = frame_u8[cut.top : cut.top + cut.height, cut.left : cut.left + cut.width]
+    if (place.height, place.width) == (height, width):
+        return _resize(piece, height, width)
     canvas = np.zeros((height, width, 3), np.uint8)
-    canvas[top : top + content_height, left : left + content_width] = _resize(
-        frame_u8, content_height, content_width
+    canvas[place.top : place.top + place.height, place.left : place.left + place.width] = _resize(
+        piece, place.height, place.width
     )
     return canvas
+
+
+def fit_points(
+    points: npt.NDArray[np.float64], source: tuple[int, int], canvas: tuple[int, int], fit: Fit
+) -> npt.NDArray[np.float64]:
+    """Points of a frame, moved to where `fit_frame` puts the frame's pixels.
+
+    Args:
+        points: [..., 2 or more] (x_px, y_px, anything) in frame pixels.
+        source: (height, width) of the frame [px].
+        canvas: (height, width) of the canvas [px].
+        fit: See `fit_frame`.
+
+    Returns:
+        The same shape, (x_px, y_px) in canvas pixels, the rest unchanged.
+    """
+    cut, place = _fit_boxes(*source, *canvas, fit)
+    moved = points.copy()
+    # The rounded content has its own scale in each direction; a common one would drift by a pixel.
+    moved[..., 0] = place.left + (points[..., 0] - cut.left) * (place.width / cut.width)
+    moved[..., 1] = place.top + (points[..., 1] - cut.top) * (place.height / cut.height)
+    return moved
+
+
+class _Box(NamedTuple):
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def _fit_boxes(
+    source_height: int, source_width: int, height: int, width: int, fit: Fit
+) -> tuple[_Box, _Box]:
+    """What is cut out of a frame, and where on the canvas it goes."""
+    whole, canvas = _Box(0, 0, source_height, source_width), _Box(0, 0, height, width)
+    if fit == "contain":
+        return whole, _Box(*contain_box(source_height, source_width, height, width))
+    if fit == "stretch":
+        return whole, canvas
+    if source_width * height > source_height * width:  # too wide
+        crop_height, crop_width = source_height, max(1, round(source_height * width / height))
+    else:
+        crop_height, crop_width = max(1, round(source_width * height / width)), source_width
+    top, left = (source_height - crop_height) // 2, (source_width - crop_width) // 2
+    return _Box(top, left, crop_height, crop_width), canvas
 
 
 def fit_size(

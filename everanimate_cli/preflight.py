@@ -5,22 +5,35 @@ import os
 from pathlib import Path
 
 from everanimate_cli.errors import InputError, SettingsError, WeightsError
-from everanimate_cli.runs import RunFolder
+from everanimate_cli.runs import ExtractFolder, RunFolder
 from everanimate_cli.settings import (
+    CANVAS_MULTIPLE,
     HUB_MODEL,
+    POSE_SUFFIX,
     TOY_MODEL,
     AnimateSettings,
     DemoSettings,
+    ExtractSettings,
     LoraSpec,
+    option_name,
     run_folder,
     split_hub_id,
 )
 
 DRIVING_FILES = ("pose.mp4", "face.mp4", "extract.json")
-# What the demo gives as the models that saw its dance: it knows the joints.
-DEMO_MODELS = {"detector": "toy world (exact)", "pose": "toy world (exact)"}
+# All that an extraction may make, in the order in which it gets its place: with the last file the
+# folder is whole.
+POSE_FOLDER_FILES = (
+    "preview.mp4",
+    "reference.png",
+    "keypoints.npz",
+    "face.mp4",
+    "pose.mp4",
+    "extract.json",
+)
 _MAX_NAME_BYTES = 255  # of the usual file systems
-_DRIVING_ADVICE = "Give a folder with pose.mp4, face.mp4 and extract.json, or --pose and --face."
+_DRIVING_ADVICE = "Give a video or a folder made by extract-pose, or --pose and --face."
+_EXTRACT_OPTIONS = ("pose_model", "detector", "person", "select", "retarget", "pose_folder")
 
 
 def check_animate(settings: AnimateSettings) -> None:
@@ -44,8 +57,21 @@ def check_animate(settings: AnimateSettings) -> None:
     for lora in settings.lora or ():
         check_lora(lora)
     inputs = [settings.ref, settings.pose, settings.face, *settings.view]
-    if settings.driving is not None:
-        inputs += [settings.driving / name for name in DRIVING_FILES]
+    if settings.driving is None or settings.driving.is_dir():
+        for name in _EXTRACT_OPTIONS:
+            value = getattr(settings, name)
+            if value not in (None, False):
+                text = option_name(name) if value is True else f"{option_name(name)} {value}"
+                raise SettingsError(f"{text} needs a raw video as DRIVING.")
+        if settings.driving is not None:
+            inputs += [settings.driving / name for name in DRIVING_FILES]
+    else:
+        inputs.append(settings.driving)
+        given = settings.default_output if settings.output is None else settings.output
+        folder = settings.pose_folder or default_pose_folder(given, settings.driving)
+        _check_pose_folder("--pose-folder", folder)
+        check_pose_model("--pose-model", settings.pose_model)
+        check_pose_model("--detector", settings.detector)
     output = settings.default_output if settings.output is None else settings.output
     # What an earlier run of the same result has made may be replaced: it is that run's own.
     continues = settings.resume and RunFolder(run_folder(output)).holds_run()
@@ -59,15 +85,114 @@ def check_animate(settings: AnimateSettings) -> None:
         _check_png_folder(settings.png, may_replace=settings.overwrite or is_own)
 
 
+def check_extract(settings: ExtractSettings, *, lists_only: bool = False) -> None:
+    """Refuse an extraction whose inputs are missing or whose folder cannot be written.
+
+    Args:
+        settings: Options.
+        lists_only: Nothing is written, the people in the video are listed only.
+
+    Raises:
+        InputError: If a file is missing, empty, of the wrong kind or in the way.
+        SettingsError: If the size cannot be drawn.
+    """
+    _check_file("VIDEO", settings.video, "Give a video of a moving person.")
+    for name in ("reference", "retarget"):
+        path = getattr(settings, name)
+        if path is not None:
+            _check_file(f"--{name}", path, "Give a picture of the character.")
+    check_pose_model("--pose-model", settings.pose_model)
+    check_pose_model("--detector", settings.detector)
+    size = settings.height_width
+    if size is not None and any(side % CANVAS_MULTIPLE for side in size):
+        raise unfit_size(size, CANVAS_MULTIPLE)
+    if lists_only:
+        return
+    output = settings.default_output if settings.output is None else settings.output
+    _check_pose_folder("--output", output)
+    work = ExtractFolder(run_folder(output))
+    if settings.overwrite or (settings.resume and work.holds_run()):
+        return
+    present = [name for name in POSE_FOLDER_FILES if (output / name).exists()]
+    if present:
+        raise InputError(
+            f"--output {output} holds {present[0]}. "
+            "Add --overwrite to replace it, or give another folder."
+        )
+
+
+def default_pose_folder(output: Path, video: Path) -> Path:
+    """Where `animate` keeps the poses of a raw video: beside the result."""
+    return output.parent / f"{video.resolve().stem}{POSE_SUFFIX}"
+
+
+def _check_pose_folder(label: str, output: Path) -> None:
+    folder = output.parent
+    if output.name in ("", ".."):
+        raise InputError(f"{label} {output} has no name. Give the name of a folder to make.")
+    run = run_folder(output)
+    if len(os.fsencode(run.name)) > _MAX_NAME_BYTES:
+        raise InputError(f"{label} {output} has too long a name. Give a shorter one.")
+    # A link to nowhere does not exist, and yet is in the way.
+    if not output.is_dir() and (output.exists() or output.is_symlink()):
+        raise InputError(f"{label} {output} is a file. Give a folder.")
+    if not folder.is_dir():
+        raise InputError(
+            f"{label} {output} cannot be made: the folder {folder} does not exist. "
+            "Make it first, or give another path."
+        )
+    if run.exists() and not run.is_dir():
+        raise InputError(
+            f"{label} {output} needs a folder {run.name} beside it, but that is a file. "
+            "Give another name."
+        )
+    for needed in (folder, output, run):
+        if needed.is_dir() and not os.access(needed, os.W_OK | os.X_OK):
+            raise InputError(
+                f"{label} {output} cannot be written: the folder {needed} is not writable. "
+                "Give another path."
+            )
+
+
+def check_pose_model(label: str, name: str | None) -> None:
+    """Refuse a model file that is not there; asks no network.
+
+    Raises:
+        InputError: If it is missing, empty or of another kind.
+    """
+    if name is not None and (name.endswith(".onnx") or "/" in name or os.sep in name):
+        path = Path(name)
+        _check_file(label, path, "Give a name or an .onnx file.")
+        if path.suffix != ".onnx":
+            raise InputError(f"{label} {name} is not an .onnx file. Give a name or an .onnx file.")
+
+
+def unfit_size(size: tuple[int, int], multiple: int) -> SettingsError:
+    """The refusal of a (height, width), with the neighbours that fit."""
+    height, width = size
+    below, above = (
+        f"{_to_multiple(width, multiple, up)}x{_to_multiple(height, multiple, up)}"
+        for up in (False, True)
+    )
+    return SettingsError(
+        f"--size {width}x{height} is not a multiple of {multiple} on both sides. "
+        f"Give {below} or {above}."
+    )
+
+
+def _to_multiple(value: int, multiple: int, up: bool) -> int:
+    return max(multiple, (value + (multiple - 1 if up else 0)) // multiple * multiple)
+
+
 def settings_path(output: Path) -> Path:
     """Where the settings of a result are saved: its name with `.json`."""
     return output.with_suffix(".json")
 
 
-def output_exists(output: Path) -> InputError:
+def output_exists(output: Path, label: str = "--output") -> InputError:
     """The refusal to replace a result."""
     return InputError(
-        f"--output {output} exists. Add --overwrite to replace it, or give another name."
+        f"{label} {output} exists. Add --overwrite to replace it, or give another name."
     )
 
 
@@ -88,7 +213,14 @@ def check_demo(settings: DemoSettings) -> None:
     continues = RunFolder(run_folder(settings.output)).holds_run()
     if settings.output.exists() and not continues:
         raise InputError(f"DIR {directory} holds an earlier {settings.output.name}. {advice}")
-    names = ("driving", "reference.png", "contact_sheet.png", settings_path(settings.output).name)
+    names = (
+        demo_record_path(directory).name,
+        "driving.mp4",
+        "driving_pose",
+        "reference.png",
+        "contact_sheet.png",
+        settings_path(settings.output).name,
+    )
     present = [name for name in names if (directory / name).exists()]
     if not present:
         return
@@ -104,17 +236,20 @@ def check_demo(settings: DemoSettings) -> None:
 
 
 def demo_options(settings: DemoSettings) -> dict[str, float]:
-    """What a demo shows, as `extract.json` of its driving folder keeps it."""
+    """What a demo shows, as the record beside its driving video keeps it."""
     return {"seed": settings.seed, "seconds": settings.seconds}
+
+
+def demo_record_path(directory: Path) -> Path:
+    """Where that record is."""
+    return directory / "driving.json"
 
 
 def read_demo_options(directory: Path) -> dict[str, float] | None:
     """What the demo in a folder shows; None if there is no demo."""
     try:
-        record = json.loads((directory / "driving" / "extract.json").read_bytes())
-        if record["models"] != DEMO_MODELS:
-            return None
-        return {name: float(record["settings"][name]) for name in ("seed", "seconds")}
+        record = json.loads(demo_record_path(directory).read_bytes())
+        return {name: float(record[name]) for name in ("seed", "seconds")}
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -133,7 +268,8 @@ def _check_driving(driving: Path) -> None:
     if not driving.exists():
         raise InputError(f"DRIVING {driving} does not exist. {_DRIVING_ADVICE}")
     if not driving.is_dir():
-        raise InputError(f"DRIVING {driving} is a file. {_DRIVING_ADVICE}")
+        _check_file("DRIVING", driving, _DRIVING_ADVICE)
+        return
     missing = [name for name in DRIVING_FILES if not (driving / name).is_file()]
     if missing:
         raise InputError(f"DRIVING {driving} has no {' and no '.join(missing)}. {_DRIVING_ADVICE}")

@@ -7,6 +7,11 @@ Layout of `NAME.mp4.run`, beside the result `NAME.mp4`:
     pictures.json             where the PNG pictures of these chunks are, if they were wanted
     joined.mp4, result.json   the result and its settings, until they get their place
     lock                      held by the process at work
+Layout of `NAME.run`, beside the folder `NAME` of an extraction:
+    run.json, lock            the same
+    00007_pose.mp4, ...       videos of segment 7, encoded, joined at the end
+    00007.npz                 its keypoints and the state that segment 8 needs; written last
+    joined_pose.mp4, ...      the files of the result, until they get their place
 Files are written under a temporary name first. Nothing heavy is imported here, so that
 `everanimate runs` answers at once.
 """
@@ -20,18 +25,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, ClassVar
 
 from everanimate_cli.settings import run_folder
 
 _REQUEST_FILE = "run.json"
 _LOCK_FILE = "lock"
-_CHUNK = r"\d{5,}\.safetensors|\d{5,}_\d+-\d+\.mp4"
-_CHUNK_FILE = re.compile(_CHUNK)
 _TEMPORARY_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.part")
-# Only what this program has written is ever deleted: the user may keep things beside it.
-_OWN_FILE = re.compile(rf"run\.json|lock|pictures\.json|joined\.mp4|result\.json|{_CHUNK}")
-_RUN_SUFFIX = run_folder(Path("x.mp4")).name.removeprefix("x")
+_RUN_SUFFIX = run_folder(Path("x")).name.removeprefix("x")
 # What file systems that cannot lock answer: some network and user-space ones.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _MIB = 2**20
@@ -56,14 +57,21 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """The files of one run.
+class WorkFolder:
+    """The files of one piece of work that can be continued.
 
     Attributes:
         path: The folder; need not exist.
+        unit: What is finished one after the other.
+        part_file: Names of files of such a unit.
+        other_file: Names of further files of this program. Only what it has written is ever
+            deleted: the user may keep things beside it.
     """
 
     path: Path
+    unit: ClassVar[str]
+    part_file: ClassVar[re.Pattern[str]]
+    other_file: ClassVar[re.Pattern[str]]
 
     @property
     def output(self) -> Path:
@@ -75,53 +83,31 @@ class RunFolder:
         """What the run was asked to do."""
         return self.path / _REQUEST_FILE
 
-    @property
-    def pictures_path(self) -> Path:
-        """Where the PNG pictures are, see `read_pictures`."""
-        return self.path / "pictures.json"
+    def part_path(self, index: int) -> Path:
+        """The file of a unit that is written last: with it the unit is finished."""
+        raise NotImplementedError
 
-    @property
-    def joined_path(self) -> Path:
-        """The result until it gets its place, so that a killed run leaves nothing elsewhere."""
-        return self.path / "joined.mp4"
-
-    @property
-    def record_path(self) -> Path:
-        """The result's settings until they get their place."""
-        return self.path / "result.json"
-
-    def chunk_path(self, chunk_index: int) -> Path:
-        """Latents and state of a chunk, which is finished when this file is there."""
-        return self.path / f"{chunk_index:05d}.safetensors"
-
-    def segment_path(self, chunk_index: int, kept: range) -> Path:
-        """Where the encoded frames `kept` of a chunk are or go."""
-        return self.path / f"{chunk_index:05d}_{kept.start}-{kept.stop}.mp4"
+    def has_result(self) -> bool:
+        """Whether the result is there."""
+        return self.output.exists()
 
     def count_finished(self) -> int:
-        """Chunks that are finished without a gap from chunk 0 on."""
+        """Units that are finished without a gap from the first one on."""
         count = 0
-        while self.chunk_path(count).exists():
+        while self.part_path(count).exists():
             count += 1
         return count
 
     def holds_run(self) -> bool:
         """Whether there is a run, or what a removal that was cut short has left of one."""
         return any(
-            path.name == _REQUEST_FILE or _CHUNK_FILE.fullmatch(path.name) for path in self._files()
+            path.name == _REQUEST_FILE or self.part_file.fullmatch(path.name)
+            for path in self._files()
         )
-
-    def read_pictures(self) -> "Pictures | None":
-        """Where the PNG pictures of the chunks are; None if none were wanted."""
-        try:
-            note = json.loads(self.pictures_path.read_bytes())
-            return Pictures(folder=Path(note["folder"]), num_missing=int(note["num_missing"]))
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
 
     def clear(self) -> None:
         """Delete the run's files and begin anew; the lock stays."""
-        # Chunks without a request belong to nobody, so a removal that is cut short does no harm.
+        # Parts without a request belong to nobody, so a removal that is cut short does no harm.
         self.request_path.unlink(missing_ok=True)
         for path in self._files():
             if path.name != _LOCK_FILE:
@@ -184,7 +170,11 @@ class RunFolder:
             paths = list(self.path.iterdir())
         except OSError:
             return []
-        return [path for path in paths if _OWN_FILE.fullmatch(_final_name(path.name))]
+        return [path for path in paths if self._is_own(_final_name(path.name))]
+
+    def _is_own(self, name: str) -> bool:
+        patterns = (self.part_file, self.other_file)
+        return name in (_REQUEST_FILE, _LOCK_FILE) or any(p.fullmatch(name) for p in patterns)
 
     def measure(self) -> tuple[int, float]:
         """(bytes on disk, time of the last change [s])."""
@@ -197,21 +187,84 @@ class RunFolder:
         return num_bytes, newest_s
 
 
+class RunFolder(WorkFolder):
+    """The files of one run of `animate`."""
+
+    unit = "chunk"
+    part_file = re.compile(r"\d{5,}\.safetensors|\d{5,}_\d+-\d+\.mp4")
+    other_file = re.compile(r"pictures\.json|joined\.mp4|result\.json")
+
+    @property
+    def pictures_path(self) -> Path:
+        """Where the PNG pictures are, see `read_pictures`."""
+        return self.path / "pictures.json"
+
+    @property
+    def joined_path(self) -> Path:
+        """The result until it gets its place, so that a killed run leaves nothing elsewhere."""
+        return self.path / "joined.mp4"
+
+    @property
+    def record_path(self) -> Path:
+        """The result's settings until they get their place."""
+        return self.path / "result.json"
+
+    def part_path(self, index: int) -> Path:
+        """Latents and state of a chunk, which is finished when this file is there."""
+        return self.path / f"{index:05d}.safetensors"
+
+    def segment_path(self, chunk_index: int, kept: range) -> Path:
+        """Where the encoded frames `kept` of a chunk are or go."""
+        return self.path / f"{chunk_index:05d}_{kept.start}-{kept.stop}.mp4"
+
+    def read_pictures(self) -> "Pictures | None":
+        """Where the PNG pictures of the chunks are; None if none were wanted."""
+        try:
+            note = json.loads(self.pictures_path.read_bytes())
+            return Pictures(folder=Path(note["folder"]), num_missing=int(note["num_missing"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+
+class ExtractFolder(WorkFolder):
+    """The files of one extraction of poses."""
+
+    unit = "segment"
+    part_file = re.compile(r"\d{5,}\.npz|\d{5,}_(pose|face|preview)\.mp4")
+    other_file = re.compile(r"joined_(pose|face|preview|keypoints|extract|reference)\.\w+")
+
+    def part_path(self, index: int) -> Path:
+        """Keypoints and state of a segment, which is finished when this file is there."""
+        return self.path / f"{index:05d}.npz"
+
+    def video_path(self, index: int, name: str) -> Path:
+        """One of the videos of a segment: "pose", "face" or "preview"."""
+        return self.path / f"{index:05d}_{name}.mp4"
+
+    def has_result(self) -> bool:
+        """Whether the folder of the result is there and whole: this file gets its place last."""
+        return (self.output / "extract.json").exists()
+
+    def joined_path(self, name: str) -> Path:
+        """A file of the result, `pose.mp4` and so on, until it gets its place."""
+        return self.path / f"joined_{name}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSummary:
     """What is worth knowing of a run folder.
 
     Attributes:
         folder: The folder.
-        num_chunks: Finished chunks.
+        num_finished: Finished chunks, or segments of an extraction.
         num_bytes: Size on disk.
         age_s: Since the last change.
         is_held: Whether a process is at work on it.
         has_result: Whether a video is beside it: the run was kept, to be made longer.
     """
 
-    folder: RunFolder
-    num_chunks: int
+    folder: WorkFolder
+    num_finished: int
     num_bytes: int
     age_s: float
     is_held: bool
@@ -226,9 +279,9 @@ class RunSummary:
             age = f"{minutes:.0f} min old"
         else:
             age = f"{minutes / 60:.1f} h old"
-        unit = "chunk" if self.num_chunks == 1 else "chunks"
+        unit = self.folder.unit if self.num_finished == 1 else f"{self.folder.unit}s"
         kept = ", kept beside its result" if self.has_result else ""
-        return f"{self.num_chunks} {unit}, {self.num_bytes / _MIB:.1f} MiB, {age}{kept}"
+        return f"{self.num_finished} {unit}, {self.num_bytes / _MIB:.1f} MiB, {age}{kept}"
 
     def to_json(self) -> dict[str, object]:
         """The same as a JSON object."""
@@ -236,7 +289,7 @@ class RunSummary:
             "path": str(self.folder.path),
             "output": str(self.folder.output),
             "has_result": self.has_result,
-            "chunks": self.num_chunks,
+            f"{self.folder.unit}s": self.num_finished,
             "size_mib": round(self.num_bytes / _MIB, 3),
             "age_s": round(self.age_s),
             "at_work": self.is_held,
@@ -254,24 +307,25 @@ def list_runs(folder: Path) -> list[RunSummary]:
         return []
     found = []
     for path in paths:
-        run = RunFolder(path)
-        if not path.name.lower().endswith(_RUN_SUFFIX) or not run.holds_run():
+        name = path.name.lower()
+        run = RunFolder(path) if name.endswith(f".mp4{_RUN_SUFFIX}") else ExtractFolder(path)
+        if not name.endswith(_RUN_SUFFIX) or not run.holds_run():
             continue
         num_bytes, newest_s = run.measure()
         found.append(
             RunSummary(
                 folder=run,
-                num_chunks=run.count_finished(),
+                num_finished=run.count_finished(),
                 num_bytes=num_bytes,
                 age_s=max(0.0, time.time() - newest_s),
                 is_held=run.is_held(),
-                has_result=run.output.exists(),
+                has_result=run.has_result(),
             )
         )
     return sorted(found, key=lambda run: (-run.age_s, run.folder.path))
 
 
-def remove_run(run: RunFolder) -> bool:
+def remove_run(run: WorkFolder) -> bool:
     """Delete a run; False, and nothing is changed, if a process is at work on it."""
     with run.hold() as is_ours:
         if is_ours:

@@ -23,16 +23,23 @@ Extend = Literal["pingpong", "loop", "hold", "error"]
 Codec = Literal["h264", "h265"]
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Provider = Literal["auto", "cuda", "cpu"]
+Select = Literal["size", "centre", "left", "right"]
+Reacquire = Literal["same", "any"]
+DrawMode = Literal["canvas", "native"]
 
 TOY_MODEL = "toy"
 HUB_MODEL = "Wan-AI/Wan2.2-Animate-14B-Diffusers"
 MODEL_DEFAULTS_FILE = "everanimate.json"
+POSE_SUFFIX = "_pose"  # of the folder that is made of a driving video
 
 TEMPORAL_STRIDE = 4  # pixel frames per latent frame after the first (method page section 1)
 CARRY_FRAMES = (1, 5)  # pixel memory only (method page section 3); the first is the default
+CANVAS_MULTIPLE = 16  # sides of a pose video: VAE stride 8 times patch size 2
+DEFAULT_POSE_MODEL = "rtmw"
 MAX_CRF = 51  # the coarsest quality of x264 and x265
 
-_POSITIONAL = {"ref": "REF", "driving": "DRIVING", "directory": "DIR"}
+_POSITIONAL = {"ref": "REF", "driving": "DRIVING", "directory": "DIR", "video": "VIDEO"}
 # Options of which only one makes sense: one on the command line makes void what a file says.
 _DISPLACES = {
     "minutes": ("seconds", "frames"),
@@ -43,18 +50,27 @@ _DISPLACES = {
     "face": ("driving",),
 }
 _LEAST = {
+    "body_threshold": 0,
     "crf": 0,
+    "detect_every": 1,
+    "face_hold": 0,
+    "face_scale": 0.1,
     "face_size": 1,
     "frames": 1,
     "frames_per_chunk": 1 + TEMPORAL_STRIDE,
     "guidance_scale": 1,
+    "hand_threshold": 0,
     "height": 1,
     "identity_slots": 1,
+    "max_gap": 0,
     "num_inference_steps": 1,
     "overlap": 1,
+    "person": 0,
     "seed": 0,
     "start": 0,
     "steps": 1,
+    "template_frame": 0,
+    "threads": 1,
     "width": 1,
 }
 _ABOVE_ZERO = ("end", "fps", "minutes", "seconds", "shift")
@@ -309,12 +325,74 @@ class _Record:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelDefaults(_Record):
+    """What a model was trained for: the content of `everanimate.json` in its folder.
+
+    Attributes:
+        fps: Frames per second.
+        width: Width of the training pictures [px].
+        height: Height of the training pictures [px].
+        num_inference_steps: Euler steps per chunk.
+        shift: Warp of the noise levels.
+        frames_per_chunk: Frames decoded from one chunk, 4n+1.
+        overlap: Frames that neighbouring chunks share with latent memory.
+        identity_slots: Latent frames of identity memory.
+        face_size: Side of the square face crop [px].
+        prompt: Text that the model was trained with.
+        negative_prompt: Text to steer away from when guidance is on.
+        lora: LoRAs that belong to the model, written as on the command line.
+        pose_model: Who estimates the poses of a raw driving video.
+    """
+
+    fps: float
+    width: int
+    height: int
+    num_inference_steps: int
+    shift: float
+    frames_per_chunk: int
+    overlap: int
+    identity_slots: int
+    face_size: int
+    prompt: str
+    negative_prompt: str = ""
+    lora: tuple[LoraSpec, ...] = ()
+    pose_model: str = DEFAULT_POSE_MODEL
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no chunk plan can follow.
+
+        Raises:
+            SettingsError: Naming the key and the value.
+        """
+        super().__post_init__()
+        self._check_chunk(self.frames_per_chunk, self.overlap)
+        self._check_latent_overlap(self.overlap)
+
+
+# Method page section 5. The face size is that of the released motion encoder.
+HUB_PRESET = ModelDefaults(
+    fps=25.0,
+    width=832,
+    height=480,
+    num_inference_steps=20,
+    shift=5.0,
+    frames_per_chunk=77,
+    overlap=4,
+    identity_slots=4,
+    face_size=512,
+    prompt="视频中的人在做动作",
+    lora=(LoraSpec("epfl-vita/everanimate/ckpts/everanimate-v1-lora32/stage2_480p.safetensors"),),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
 class AnimateSettings(_Record):
     """What `everanimate animate` is asked to do.
 
     Attributes:
         ref: Picture of the character.
-        driving: Folder with `pose.mp4`, `face.mp4` and `extract.json`; instead of `pose`, `face`.
+        driving: Video of a moving person, or a folder that `extract-pose` made of one; instead of
+            `pose` and `face`.
         pose: Video of drawn skeletons.
         face: Video of face crops, as long as `pose`.
         output: The video to write; None for `default_output`.
@@ -324,6 +402,12 @@ class AnimateSettings(_Record):
         frames: See `minutes`.
         start: Where the driving motion begins [s].
         end: Where the driving motion ends [s]; None for its own end.
+        pose_model: Who estimates the poses of a raw driving video; None for the model's choice.
+        detector: Who finds the person in it; None for the one that goes with `pose_model`.
+        person: Whom to follow in it, see `ExtractSettings`.
+        select: Whom to follow in it, see `ExtractSettings`.
+        retarget: Whether its poses get the limb lengths and the place of the character.
+        pose_folder: Where its poses are kept; None for `<video>_pose` beside the result.
         model: "toy", a checkpoint folder or a Hub id `owner/name[@revision]`.
         lora: LoRAs on top of the model; None for the model's own, empty for none at all.
         view: More pictures of the character; each takes an identity slot.
@@ -366,6 +450,12 @@ class AnimateSettings(_Record):
     frames: int | None = None
     start: float = field(default=0.0, metadata={"decode": _decode_time})
     end: float | None = field(default=None, metadata={"decode": _decode_time})
+    pose_model: str | None = None
+    detector: str | None = None
+    person: int | None = None
+    select: Select | None = None
+    retarget: bool = False
+    pose_folder: Path | None = None
     model: str = HUB_MODEL
     lora: tuple[LoraSpec, ...] | None = field(default=None, metadata={"decode": _decode_lora})
     view: tuple[Path, ...] = ()
@@ -415,7 +505,7 @@ class AnimateSettings(_Record):
         return option_name(name)
 
     def _check_inputs(self) -> None:
-        need = "Give a folder with pose.mp4, face.mp4 and extract.json, or --pose and --face."
+        need = "Give a video or a folder made by extract-pose, or --pose and --face."
         if self.driving is None:
             if self.pose is None and self.face is None:
                 raise SettingsError(f"DRIVING is missing. {need}")
@@ -429,6 +519,11 @@ class AnimateSettings(_Record):
                     raise SettingsError(
                         f"DRIVING {self.driving} and {name} {path} exclude each other. {need}"
                     )
+        if self.person is not None and self.select is not None:
+            raise SettingsError(
+                f"--person {self.person} and --select {self.select} exclude each other. "
+                "Give one of them."
+            )
         if self.negative_prompt and self.guidance_scale == 1:
             raise SettingsError(
                 f"--negative-prompt '{self.negative_prompt}' has no effect at --guidance-scale 1. "
@@ -500,7 +595,9 @@ class AnimateSettings(_Record):
     def default_output(self) -> Path:
         """`<driving>_<ref>.mp4` in the current folder, from the names of the two inputs."""
         if self.driving is not None:
-            motion = self.driving.resolve().name  # resolved, since "." has no name
+            # Resolved, since "." has no name. A video and the folder made of it give one name.
+            path = self.driving.resolve()
+            motion = path.name.removesuffix(POSE_SUFFIX) if path.is_dir() else path.stem
         else:
             assert self.pose is not None  # checked on construction
             motion = self.pose.stem
@@ -542,6 +639,136 @@ class ResolvedSettings(AnimateSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtractSettings(_Record):
+    """What `everanimate extract-pose` is asked to do.
+
+    Attributes:
+        video: Video of a moving person; a picture counts as a video of one frame.
+        output: Folder to make; None for `default_output`.
+        start: Where to begin [s].
+        end: Where to end [s]; None for the video's end.
+        fps: Rate of the pose and face videos; frames are chosen by their times.
+        size: "WIDTHxHEIGHT" of the pose video, or "auto" for the aspect of the reference, or else
+            of the video, at the default model's area.
+        fit: How the video's picture fills the pose video, as `animate` fits the reference.
+        draw_mode: "canvas" draws at the size of the result; "native" draws at the video's size and
+            shrinks the picture, as the released scripts do without retargeting.
+        pose_model: "rtmw", "dwpose", "vitpose" ..., "toy", or an .onnx file.
+        detector: Name or .onnx file; None for the one that goes with the pose model.
+        provider: Where the networks run.
+        threads: Of each network on the CPU.
+        detect_every: Frames from one look of the detector to the next, at most.
+        person: Whom to follow: his number in `--list-persons`.
+        select: Or by place or size in the first second; None for the largest.
+        reacquire: Who may take over when the person followed is gone for long: "same" or "any".
+        max_gap: Longest time without the person that is bridged [s].
+        body_threshold: Least score of a drawn joint; None for the pose model's.
+        hand_threshold: Least score of a drawn hand point; None for the pose model's.
+        face_threshold: Least mean score of a face; None for the pose model's.
+        smooth: Whether the keypoints are smoothed.
+        face_smooth: Whether the face box is smoothed.
+        face_scale: Area of the face crop over that of the landmarks.
+        face_size: Side of the face video [px]; the released model takes 512.
+        face_square: Whether the face crop is a square.
+        face_hold: How long the last face box is used when the face turns away [s].
+        reference: Picture of the character, to be stored beside, fitted as the poses are.
+        retarget: The same, and the poses get its limb lengths and place.
+        template_frame: Frame whose limbs are compared with the reference's; None for the first
+            one that shows the whole pose.
+        crf: Quality of the videos; lower is better and larger.
+        lossless: Full colour resolution without quantisation.
+        preview: Whether a video with source, pose and face side by side is made.
+        resume: Whether an unfinished extraction of the same settings is continued.
+        overwrite: Whether an existing result may be replaced.
+        dry_run: Whether only the plan is made.
+    """
+
+    video: Path
+    output: Path | None = None
+    start: float = field(default=0.0, metadata={"decode": _decode_time})
+    end: float | None = field(default=None, metadata={"decode": _decode_time})
+    fps: float = HUB_PRESET.fps
+    size: str = f"{HUB_PRESET.width}x{HUB_PRESET.height}"
+    fit: Fit = "contain"
+    draw_mode: DrawMode = "canvas"
+    pose_model: str = DEFAULT_POSE_MODEL
+    detector: str | None = None
+    provider: Provider = "auto"
+    threads: int | None = None
+    detect_every: int = 8
+    person: int | None = None
+    select: Select | None = None
+    reacquire: Reacquire = "same"
+    max_gap: float = 0.3
+    body_threshold: float | None = None
+    hand_threshold: float | None = None
+    face_threshold: float | None = None
+    smooth: bool = True
+    face_smooth: bool = False
+    face_scale: float = 1.3
+    face_size: int = HUB_PRESET.face_size
+    face_square: bool = False
+    face_hold: float = 0.5
+    reference: Path | None = None
+    retarget: Path | None = None
+    template_frame: int | None = None
+    crf: int = 12
+    lossless: bool = False
+    preview: bool = False
+    resume: bool = field(default=True, metadata=_THIS_RUN)
+    overwrite: bool = field(default=False, metadata=_THIS_RUN)
+    dry_run: bool = field(default=False, metadata=_THIS_RUN)
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, alone or together.
+
+        Raises:
+            SettingsError: Naming the option and the value.
+        """
+        super().__post_init__()
+        if self.end is not None and self.end <= self.start:
+            raise SettingsError(f"--end {self.end} is not after --start {self.start}.")
+        try:
+            parse_size(self.size)
+        except ValueError as error:
+            raise SettingsError(
+                f"--size {self.size} is not a size. Write WIDTHxHEIGHT (832x480) or auto."
+            ) from error
+        if self.crf > MAX_CRF:
+            raise SettingsError(f"--crf {self.crf} is too large. Give {MAX_CRF} or less.")
+        exclusive = (("person", "select"), ("reference", "retarget"))
+        for first, second in exclusive:
+            values = getattr(self, first), getattr(self, second)
+            if None not in values:
+                raise SettingsError(
+                    f"--{first} {values[0]} and --{second} {values[1]} exclude each other. "
+                    "Give one of them."
+                )
+        if self.template_frame is not None and self.retarget is None:
+            raise SettingsError(
+                f"--template-frame {self.template_frame} has no effect without --retarget."
+            )
+        if self.retarget is not None and self.draw_mode == "native":
+            raise SettingsError(
+                "--draw-mode native does not fit --retarget, which draws on the canvas."
+            )
+
+    @staticmethod
+    def _label(name: str) -> str:
+        return option_name(name)
+
+    @property
+    def default_output(self) -> Path:
+        """`<video>_pose` in the current folder."""
+        return Path(f"{self.video.resolve().stem}{POSE_SUFFIX}")
+
+    @property
+    def height_width(self) -> tuple[int, int] | None:
+        """Pixels of the pose video; None for "auto", which needs a picture."""
+        return parse_size(self.size)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoSettings(_Record):
     """What `everanimate demo` is asked to do.
 
@@ -565,65 +792,6 @@ class DemoSettings(_Record):
     def output(self) -> Path:
         """The animated video."""
         return self.directory / "demo.mp4"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelDefaults(_Record):
-    """What a model was trained for: the content of `everanimate.json` in its folder.
-
-    Attributes:
-        fps: Frames per second.
-        width: Width of the training pictures [px].
-        height: Height of the training pictures [px].
-        num_inference_steps: Euler steps per chunk.
-        shift: Warp of the noise levels.
-        frames_per_chunk: Frames decoded from one chunk, 4n+1.
-        overlap: Frames that neighbouring chunks share with latent memory.
-        identity_slots: Latent frames of identity memory.
-        face_size: Side of the square face crop [px].
-        prompt: Text that the model was trained with.
-        negative_prompt: Text to steer away from when guidance is on.
-        lora: LoRAs that belong to the model, written as on the command line.
-    """
-
-    fps: float
-    width: int
-    height: int
-    num_inference_steps: int
-    shift: float
-    frames_per_chunk: int
-    overlap: int
-    identity_slots: int
-    face_size: int
-    prompt: str
-    negative_prompt: str = ""
-    lora: tuple[LoraSpec, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that no chunk plan can follow.
-
-        Raises:
-            SettingsError: Naming the key and the value.
-        """
-        super().__post_init__()
-        self._check_chunk(self.frames_per_chunk, self.overlap)
-        self._check_latent_overlap(self.overlap)
-
-
-# Method page section 5. The face size is that of the released motion encoder.
-HUB_PRESET = ModelDefaults(
-    fps=25.0,
-    width=832,
-    height=480,
-    num_inference_steps=20,
-    shift=5.0,
-    frames_per_chunk=77,
-    overlap=4,
-    identity_slots=4,
-    face_size=512,
-    prompt="视频中的人在做动作",
-    lora=(LoraSpec("epfl-vita/everanimate/ckpts/everanimate-v1-lora32/stage2_480p.safetensors"),),
-)
 
 
 def read_model_defaults(folder: Path) -> ModelDefaults:

@@ -216,6 +216,8 @@ class _Worker:
         self._model = model
         self._average = copy.deepcopy(model).requires_grad_(False)
         if plan.compile_each:
+            # One version for each layout and each length of the text.
+            torch._dynamo.config.recompile_limit = 64
             for module in model.get_submodule(plan.compile_each).children():
                 module.compile(dynamic=False)
         self._matrices: list[Tensor] = []

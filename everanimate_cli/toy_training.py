@@ -811,6 +811,7 @@ def export(work: Path, output: Path) -> None:
         frames_per_chunk=FRAMES_PER_CHUNK,
         overlap=OVERLAP,
         identity_slots=NUM_IDENTITY_SLOTS,
+        pose_model="toy",
         face_size=toyworld.FACE_SIZE_PX,
         prompt=CAMERA_PROMPTS[0] + PROMPT,
     )

@@ -20,7 +20,7 @@ import numpy as np
 from everanimate_cli import skeleton
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
 
@@ -406,7 +406,100 @@ class ToyFrame:
     face: Frame
 
 
-class ToyScene:
+class _Stage:
+    """A room before a camera.
+
+    Args:
+        height: Of the frames, in pixels.
+        width: Of the frames, in pixels.
+        background_seed: Which room.
+        camera: "moving" pans, zooms and shakes slowly.
+        camera_seed: Which camera motion.
+    """
+
+    def __init__(
+        self, *, height: int, width: int, background_seed: int, camera: Camera, camera_seed: int
+    ) -> None:
+        self.height, self.width = height, width
+        self._scale = max(1, -(-MIN_RENDER_SIZE_PX // min(height, width)))
+        canvas_px = max(height, width) * self._scale
+        margin = 1.5 if camera == "moving" else 1.0
+        self._background = make_background(background_seed, round(canvas_px * margin))
+        self.camera = camera
+        rng = np.random.default_rng([camera_seed, 4])
+        self._camera_phase = rng.uniform(0, 2 * np.pi, 5)
+        self._camera_hz = rng.uniform(0.02, 0.07, 5)
+        self._camera_hz[3:] = rng.uniform(0.5, 1.0, 2)  # hand shake
+
+    def room_at(self, time_s: float) -> Frame:
+        """[H, W, 3] uint8: the room without a person, as the camera sees it at a moment."""
+        room = self._room(*self._view(time_s))
+        if self._scale == 1:
+            return room
+        return _shrink(room, self.height, self.width)
+
+    def _view(self, time_s: float) -> tuple[float, float, float]:
+        """Zoom and shift of the camera, the shift in parts of the frame."""
+        if self.camera == "still":
+            return 1.0, 0.0, 0.0
+        signal = np.sin(2 * np.pi * self._camera_hz * time_s + self._camera_phase)
+        shift_x, shift_y = (
+            0.10 * signal[0] + 0.006 * signal[3],
+            0.04 * signal[1] + 0.006 * signal[4],
+        )
+        return float(1.0 + 0.1 * signal[2]), float(shift_x), float(shift_y)
+
+    def _room(self, zoom: float, shift_x: float, shift_y: float) -> Frame:
+        """The canvas that people are drawn on, `_scale` times as large as the frame."""
+        height, width = self.height * self._scale, self.width * self._scale
+        size = self._background.shape[0]
+        if self.camera == "still":
+            top, left = (size - height) // 2, (size - width) // 2
+            return self._background[top : top + height, left : left + width].copy()
+        centre = np.array([size / 2, size / 2])
+        matrix = np.array(
+            [
+                [zoom, 0, width * (0.5 + shift_x) - zoom * centre[0]],
+                [0, zoom, height * (0.5 + shift_y) - zoom * centre[1]],
+            ]
+        )
+        return np.asarray(
+            cv2.warpAffine(
+                self._background, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE
+            ),
+            np.uint8,
+        )
+
+    def _place(
+        self, view: tuple[float, float, float], station: tuple[float, float, float]
+    ) -> tuple[tuple[float, float], float]:
+        """Where somebody stands on the canvas, and how many pixels their height has.
+
+        Args:
+            view: Zoom and shift of the camera.
+            station: (x, y, scale): away from the middle in parts of the frame, and relative size.
+        """
+        zoom, shift_x, shift_y = view
+        x, y, scale = station
+        height, width = self.height * self._scale, self.width * self._scale
+        origin = (
+            width * (0.5 + shift_x) + width * x * zoom,
+            height * 0.5
+            + (0.45 * min(height, width)) * zoom
+            + height * shift_y
+            + height * y * zoom,
+        )
+        return origin, 0.86 * min(height, width) * zoom * scale
+
+    def _to_frame(self, keypoints: Points, unit_px: float) -> None:
+        """Canvas to frame pixels, in place; hands that became too small to tell get a low score."""
+        if self._scale > 1:
+            keypoints[:, :2] = (keypoints[:, :2] + 0.5) / self._scale - 0.5
+        if HAND * unit_px / self._scale < MIN_HAND_PX:
+            keypoints[91:, 2] = HIDDEN_SCORE
+
+
+class ToyScene(_Stage):
     """A person who dances in a room before a camera.
 
     Args:
@@ -430,64 +523,34 @@ class ToyScene:
         camera: Camera = "still",
         camera_seed: int | None = None,
     ) -> None:
+        super().__init__(
+            height=height,
+            width=width,
+            background_seed=person_seed if background_seed is None else background_seed,
+            camera=camera,
+            camera_seed=person_seed if camera_seed is None else camera_seed,
+        )
         self.person = make_person(person_seed)
         self.dance = Dance(dance) if isinstance(dance, int) else dance
-        self.height, self.width = height, width
-        self._scale = max(1, -(-MIN_RENDER_SIZE_PX // min(height, width)))
-        canvas_px = max(height, width) * self._scale
-        margin = 1.5 if camera == "moving" else 1.0
-        room_seed = person_seed if background_seed is None else background_seed
-        self._background = make_background(room_seed, round(canvas_px * margin))
-        self.camera = camera
-        rng = np.random.default_rng([person_seed if camera_seed is None else camera_seed, 4])
-        self._camera_phase = rng.uniform(0, 2 * np.pi, 5)
-        self._camera_hz = rng.uniform(0.02, 0.07, 5)
-        self._camera_hz[3:] = rng.uniform(0.5, 1.0, 2)  # hand shake
-
-    def _view(self, time_s: float) -> tuple[float, float, float]:
-        """Zoom and shift of the camera, the shift in parts of the frame."""
-        if self.camera == "still":
-            return 1.0, 0.0, 0.0
-        signal = np.sin(2 * np.pi * self._camera_hz * time_s + self._camera_phase)
-        shift_x, shift_y = (
-            0.10 * signal[0] + 0.006 * signal[3],
-            0.04 * signal[1] + 0.006 * signal[4],
-        )
-        return float(1.0 + 0.1 * signal[2]), float(shift_x), float(shift_y)
 
     def frame_at(self, time_s: float) -> ToyFrame:
         """The world at a moment in seconds."""
-        height, width = self.height * self._scale, self.width * self._scale
-        zoom, shift_x, shift_y = self._view(time_s)
-        canvas = self._room(height, width, zoom, shift_x, shift_y)
+        view = self._view(time_s)
+        canvas = self._room(*view)
         joints = self.dance.joints(time_s, self.person)
-        unit_px = 0.86 * min(height, width) * zoom
-        origin = (
-            width * (0.5 + shift_x),
-            height * 0.5 + (0.45 * min(height, width)) * zoom + height * shift_y,
-        )
+        origin, unit_px = self._place(view, (0.0, 0.0, 1.0))
         mouth, eyes_shut = self.dance.face(time_s)
         _draw_person(canvas, self.person, joints, origin, unit_px, mouth, eyes_shut)
         keypoints = _keypoints(joints, self.person, origin, unit_px, mouth)
         box = None
         if keypoints[23:91, 2].mean() >= FACE_SCORE_THRESHOLD:
-            box = skeleton.face_box(keypoints, height, width)
+            box = skeleton.face_box(keypoints, *canvas.shape[:2])
         face = skeleton.crop_face(canvas, box, FACE_SIZE_PX)
         if self._scale > 1:
             canvas = _shrink(canvas, self.height, self.width)
-            keypoints[:, :2] = (keypoints[:, :2] + 0.5) / self._scale - 0.5
-        if HAND * unit_px / self._scale < MIN_HAND_PX:
-            keypoints[91:, 2] = HIDDEN_SCORE
+        self._to_frame(keypoints, unit_px)
         pose = skeleton.draw_pose(keypoints, self.height, self.width)
         return ToyFrame(rgb=canvas, keypoints=keypoints, pose=pose, face=face)
-
-    def room_at(self, time_s: float) -> Frame:
-        """[H, W, 3] uint8: the room without the person, as the camera sees it at a moment."""
-        height, width = self.height * self._scale, self.width * self._scale
-        room = self._room(height, width, *self._view(time_s))
-        if self._scale == 1:
-            return room
-        return _shrink(room, self.height, self.width)
 
     def frames(
         self, num_frames: int, *, start_s: float = 0.0, rate_fps: float = FRAME_RATE_FPS
@@ -503,24 +566,129 @@ class ToyScene:
         scene.dance = StandingPose()
         return scene.frame_at(0.0).rgb
 
-    def _room(self, height: int, width: int, zoom: float, shift_x: float, shift_y: float) -> Frame:
-        size = self._background.shape[0]
-        if self.camera == "still":
-            top, left = (size - height) // 2, (size - width) // 2
-            return self._background[top : top + height, left : left + width].copy()
-        centre = np.array([size / 2, size / 2])
-        matrix = np.array(
-            [
-                [zoom, 0, width * (0.5 + shift_x) - zoom * centre[0]],
-                [0, zoom, height * (0.5 + shift_y) - zoom * centre[1]],
-            ]
+
+@dataclass(frozen=True, kw_only=True)
+class Actor:
+    """Somebody in a `ToyGroup`.
+
+    Attributes:
+        person_seed: Who.
+        dance: How they move; a seed or a ready dance.
+        path: Where they are: rows (time_s, x, y, scale) at rising times, straight lines between,
+            and the first and last row hold before and after. x and y are the way from where a
+            `ToyScene` has its person, in parts of the frame, to the right and down; at x = 1.2
+            nothing is left in sight. The scale is relative to a `ToyScene`'s person; whoever is
+            larger stands in front, then whoever comes later in the group.
+    """
+
+    person_seed: int
+    dance: int | Dance
+    path: tuple[tuple[float, float, float, float], ...] = ((0.0, 0.0, 0.0, 1.0),)
+
+    def station(self, time_s: float) -> tuple[float, float, float]:
+        """(x, y, scale) at a moment."""
+        times_s, *columns = zip(*self.path, strict=True)
+        x, y, scale = (float(np.interp(time_s, times_s, column)) for column in columns)
+        return x, y, scale
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One person in a picture of several.
+
+    Attributes:
+        keypoints: [133, 3] float64 COCO-WholeBody in pixels of the frame: x, y, score. The scores
+            know nothing of other people in front and nothing of the frame's edges.
+        box: [4] float64 x0, y0, x1, y1 in pixel edges: the extent of what was drawn, true to two
+            pixels of the canvas; it may reach beyond the frame or lie outside it.
+    """
+
+    keypoints: Points
+    box: Points
+
+
+@dataclass(frozen=True)
+class GroupFrame:
+    """One moment of a group.
+
+    Attributes:
+        rgb: [H, W, 3] uint8, the picture.
+        figures: One for each actor, in the group's order, also for those who are out of sight.
+    """
+
+    rgb: Frame
+    figures: tuple[Figure, ...]
+
+
+class ToyGroup(_Stage):
+    """Several people, or nobody, in a room before a camera.
+
+    Two who cross, and one who leaves at 2 s and comes back at 5 s:
+
+        ToyGroup([Actor(person_seed=1, dance=1, path=((0, -0.3, 0, 0.7), (4, 0.3, 0, 0.7))),
+                  Actor(person_seed=2, dance=2, path=((0, 0.3, 0, 0.7), (4, -0.3, 0, 0.7)))],
+                 height=256, width=448)
+        ToyGroup([Actor(person_seed=1, dance=1, path=((1, 0, 0, 1), (2, 1.2, 0, 1), (5, 1.2, 0, 1),
+                                                      (6, 0, 0, 1)))], height=256, width=256)
+
+    Args:
+        actors: Who is there; an empty list shows the empty room.
+        height: Of the frames, in pixels.
+        width: Of the frames, in pixels.
+        background_seed: Which room.
+        camera: "moving" pans, zooms and shakes slowly.
+        camera_seed: Which camera motion.
+    """
+
+    def __init__(
+        self,
+        actors: Sequence[Actor],
+        *,
+        height: int = 64,
+        width: int = 64,
+        background_seed: int = 0,
+        camera: Camera = "still",
+        camera_seed: int = 0,
+    ) -> None:
+        super().__init__(
+            height=height,
+            width=width,
+            background_seed=background_seed,
+            camera=camera,
+            camera_seed=camera_seed,
         )
-        return np.asarray(
-            cv2.warpAffine(
-                self._background, matrix, (width, height), borderMode=cv2.BORDER_REPLICATE
-            ),
-            np.uint8,
-        )
+        self.actors = tuple(actors)
+        self._persons = [make_person(actor.person_seed) for actor in self.actors]
+        self._dances = [
+            Dance(actor.dance) if isinstance(actor.dance, int) else actor.dance
+            for actor in self.actors
+        ]
+
+    def frame_at(self, time_s: float) -> GroupFrame:
+        """The world at a moment in seconds."""
+        view = self._view(time_s)
+        canvas = self._room(*view)
+        stations = [actor.station(time_s) for actor in self.actors]
+        figures: dict[int, Figure] = {}
+        for index in sorted(range(len(stations)), key=lambda i: stations[i][2]):
+            person, dance = self._persons[index], self._dances[index]
+            joints = dance.joints(time_s, person)
+            origin, unit_px = self._place(view, stations[index])
+            mouth, eyes_shut = dance.face(time_s)
+            extent = _draw_person(canvas, person, joints, origin, unit_px, mouth, eyes_shut)
+            keypoints = _keypoints(joints, person, origin, unit_px, mouth)
+            self._to_frame(keypoints, unit_px)
+            figures[index] = Figure(keypoints=keypoints, box=(extent + 0.5) / self._scale)
+        if self._scale > 1:
+            canvas = _shrink(canvas, self.height, self.width)
+        return GroupFrame(rgb=canvas, figures=tuple(figures[i] for i in range(len(figures))))
+
+    def frames(
+        self, num_frames: int, *, start_s: float = 0.0, rate_fps: float = FRAME_RATE_FPS
+    ) -> Iterator[GroupFrame]:
+        """Consecutive frames at a constant rate."""
+        for index in range(num_frames):
+            yield self.frame_at(start_s + index / rate_fps)
 
 
 def _shrink(frame: Frame, height: int, width: int) -> Frame:
@@ -545,8 +713,12 @@ def _draw_person(
     unit_px: float,
     mouth: float,
     eyes_shut: bool,
-) -> None:
-    """Draw all parts onto [H, W, 3], far parts first."""
+) -> Points:
+    """Draw all parts onto [H, W, 3], far parts first.
+
+    Returns:
+        [4] x0, y0, x1, y1: the extent of everything drawn, as if the canvas had no edges.
+    """
     scale = unit_px * (1 << _SUBPIXEL_BITS)
 
     def project(point: Points) -> tuple[int, int]:
@@ -554,17 +726,20 @@ def _draw_person(
         y = (origin[1] * (1 << _SUBPIXEL_BITS)) - point[1] * scale
         return round(float(x)), round(float(y))
 
-    def capsule(start: Points, end: Points, radius: float, colour: tuple[int, int, int]) -> None:
+    def capsule(start: Points, end: Points, radius: float, colour: tuple[int, int, int]) -> Points:
         depth = float(start[2] + end[2]) / 2
         thickness = max(1, round(2 * radius * unit_px))
         cv2.line(
             canvas, project(start), project(end), _shade(colour, depth), thickness,
             cv2.LINE_AA, _SUBPIXEL_BITS,
         )  # fmt: skip
+        ends = np.stack([start[:2], end[:2]]) * (unit_px, -unit_px) + origin
+        reach = (thickness + 1) / 2  # with the soft edge
+        return np.concatenate([ends.min(0) - reach, ends.max(0) + reach])
 
     width = person.width
-    # Each part: its depth, then the call that draws it.
-    parts: list[tuple[float, Callable[[], None]]] = []
+    # Each part: its depth, then the call that draws it and tells its extent.
+    parts: list[tuple[float, Callable[[], Points]]] = []
     for side in ("left", "right"):
         hip, knee, ankle, toe = (joints[f"{side}_{n}"] for n in ("hip", "knee", "ankle", "toe"))
         shoulder, elbow, wrist = (joints[f"{side}_{n}"] for n in ("shoulder", "elbow", "wrist"))
@@ -597,8 +772,8 @@ def _draw_person(
         fall = neck + back + (neck - head) * 0.55
         hair = partial(capsule, head + back, fall, 0.075 * width, person.hair)
         parts.append((0.04 if np.cos(look) < 0 else -0.2, hair))
-    for _, draw in sorted(parts, key=lambda part: part[0]):
-        draw()
+    extents = np.stack([draw() for _, draw in sorted(parts, key=lambda part: part[0])])
+    return np.concatenate([extents[:, :2].min(0), extents[:, 2:].max(0)])
 
 
 def _visible_columns(num_columns: int, heading: float) -> NDArray[np.intp]:
@@ -643,7 +818,8 @@ def _draw_torso(
     origin: tuple[float, float],
     unit_px: float,
     yaw: float,
-) -> None:
+) -> Points:
+    """Draw the torso; returns its extent."""
     chest = (joints["left_shoulder"] + joints["right_shoulder"]) / 2
     hips = (joints["left_hip"] + joints["right_hip"]) / 2
     turned = np.hypot(np.cos(yaw), TORSO_DEPTH / SHOULDER_X * np.sin(yaw))
@@ -666,7 +842,10 @@ def _draw_torso(
     top_middle = np.array([origin[0] + chest[0] * unit_px, origin[1] - chest[1] * unit_px])
     top_middle = top_middle - down * rows * 4 * 0.06
     corner = top_middle - right * columns * 2
-    _paste(canvas, patch, alpha, np.column_stack([right, down, corner]))
+    matrix = np.column_stack([right, down, corner])
+    _paste(canvas, patch, alpha, matrix)
+    corners = outline @ matrix[:, :2].T + matrix[:, 2]
+    return np.concatenate([corners.min(0), corners.max(0)])
 
 
 _HEAD_PX = 64
@@ -698,7 +877,8 @@ def _draw_head(
     unit_px: float,
     mouth: float,
     eyes_shut: bool,
-) -> None:
+) -> Points:
+    """Draw the head; returns its extent."""
     look, tilt = float(joints["look"][0]), float(joints["look"][1])
     column = np.floor(((_HEAD_LONGITUDE - look) / (2 * np.pi) + 0.5) * TEXTURE_COLUMNS)
     patch = np.ascontiguousarray(person.head[_HEAD_ROWS, column.astype(np.intp) % TEXTURE_COLUMNS])
@@ -729,6 +909,8 @@ def _draw_head(
     linear = np.array([[cos, -sin], [sin, cos]])
     corner = centre_px - linear @ np.array([_HEAD_PX / 2, _HEAD_PX / 2])
     _paste(canvas, patch, _HEAD_ALPHA, np.column_stack([linear, corner]))
+    reach = HEAD_RADIUS * unit_px
+    return np.concatenate([centre_px - reach, centre_px + reach])
 
 
 def _on_head(longitude: float, latitude: float, look: float) -> tuple[float, float, float] | None:

@@ -217,7 +217,7 @@ def probe_video(path: Path) -> VideoInfo:
     """
     examined = _examine(path)
     if examined.damaged_s is not None:
-        raise _damaged(path, examined.damaged_s)
+        raise DamagedError(path, examined.damaged_s)
     return examined.info
 
 
@@ -263,7 +263,7 @@ class VideoReader:
         """
         examined = _examine(path)
         if examined.damaged_s is not None and (end_s is None or end_s > examined.damaged_s):
-            raise _damaged(path, examined.damaged_s)
+            raise DamagedError(path, examined.damaged_s)
         begin_s = 0.0 if start_s is None else start_s
         timeline = examined.timeline
         if not 0 <= begin_s < timeline.duration_s:
@@ -619,14 +619,23 @@ class _PacketTimes:
     damaged: int | None
 
 
+class DamagedError(MediaError):
+    """A video is torn from some time on.
+
+    Attributes:
+        time_s: That time after the first frame [s]; every frame before it can be read.
+    """
+
+    def __init__(self, path: Path, time_s: float) -> None:
+        super().__init__(
+            f"{path} is damaged at {time_s:.3f} s. "
+            "Convert the file anew, or use the part before it."
+        )
+        self.time_s = time_s
+
+
 class _TornError(Exception):
     """A packet is missing or incomplete."""
-
-
-def _damaged(path: Path, time_s: float) -> MediaError:
-    return MediaError(
-        f"{path} is damaged at {time_s:.3f} s. Convert the file anew, or use the part before it."
-    )
 
 
 def _open(path: Path) -> InputContainer:
@@ -777,7 +786,7 @@ def _first_frame(path: Path) -> VideoFrame:
             for frame in container.decode(_video_stream(container, path)):
                 return frame
         except av.error.FFmpegError as error:
-            raise _damaged(path, 0) from error
+            raise DamagedError(path, 0) from error
     raise MediaError(f"{path} has a video stream without frames. Give another video file.")
 
 
@@ -880,7 +889,7 @@ class _Decoder:
             times = self._examined.timeline.times
             ticks = int(times[number]) - int(times[0])
             time_s = float(ticks * self._examined.timeline.time_base)
-            raise _damaged(self._path, time_s) from cause
+            raise DamagedError(self._path, time_s) from cause
         return frame
 
     def _next_frame(self, key: int) -> VideoFrame | None:
@@ -1023,7 +1032,7 @@ def _examine_part(path: Path) -> _Part:
                 stamps.append(_ticks(packet))
                 durations.add(packet.duration or 0)
         except _TornError as error:
-            raise _damaged(path, float(len(stamps) / (stream.average_rate or 1))) from error
+            raise DamagedError(path, float(len(stamps) / (stream.average_rate or 1))) from error
         encoding = (stream.codec_context.codec.canonical_name, stream.codec_context.extradata)
         time_base = stream.time_base or Fraction(1, 1000)
     step = durations.pop() if len(durations) == 1 else 0

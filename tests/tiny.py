@@ -39,6 +39,7 @@ TINY_DEFAULTS = ModelDefaults(
     overlap=4,
     identity_slots=4,
     face_size=16,
+    pose_model="toy",
     prompt="视频中的人在做动作",
     negative_prompt="blurred",
 )

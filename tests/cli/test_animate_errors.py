@@ -149,8 +149,8 @@ def test_pose_and_face_of_different_length(refused: Refused) -> None:
 
 def test_a_driving_folder(refused: Refused, place: Path) -> None:
     assert refused(inputs=("anna.png", "waltz")) == (
-        "error: DRIVING waltz does not exist. Give a folder with pose.mp4, face.mp4 and "
-        "extract.json, or --pose and --face."
+        "error: DRIVING waltz does not exist. Give a video or a folder made by "
+        "extract-pose, or --pose and --face."
     )
     write_dance(place / "waltz", num_frames=5)
     Path("waltz/pose.mp4").write_bytes(b"no video")
@@ -451,6 +451,6 @@ def test_a_usage_error_is_one_line(place: Path, capsys: pytest.CaptureFixture[st
     assert Outcome(2, captured.out, captured.err) == Outcome(
         2,
         "",
-        "error: DRIVING is missing. Give a folder with pose.mp4, face.mp4 and extract.json, or "
+        "error: DRIVING is missing. Give a video or a folder made by extract-pose, or "
         "--pose and --face.\n",
     )

@@ -15,12 +15,13 @@ MADE = [
     "contact_sheet.png",
     "demo.json",
     "demo.mp4",
-    "driving",
-    "driving/driving.mp4",
-    "driving/extract.json",
-    "driving/face.mp4",
-    "driving/keypoints.npz",
-    "driving/pose.mp4",
+    "driving.json",
+    "driving.mp4",
+    "driving_pose",
+    "driving_pose/extract.json",
+    "driving_pose/face.mp4",
+    "driving_pose/keypoints.npz",
+    "driving_pose/pose.mp4",
     "reference.png",
 ]
 
@@ -45,17 +46,20 @@ def test_a_demo_leaves_its_inputs_a_video_and_a_contact_sheet(
     assert captured.out == "d/demo.mp4\nd/contact_sheet.png\n"
     lines = captured.err.splitlines()
     assert lines[0] == "rendering a character and 1 s of dance into d"
-    assert lines[1].startswith("12 frames of 64x48 at 12.5 fps in 2 chunks")
+    assert lines[1] == "extracting the poses of d/driving.mp4 into d/driving_pose"
+    assert any(line.startswith("12 frames of 64x48 at 12.5 fps in 2 chunks") for line in lines)
     assert names("d") == MADE
     _, frames = decode_video(Path("d/demo.mp4"))
     assert frames.shape == (12, 48, 64, 3)
     assert sound_length(Path("d/demo.mp4")) == pytest.approx(0.96, abs=0.001)
-    # The driving folder is as extracting the pose makes it.
-    assert len(decode_video(Path("d/driving/pose.mp4"))[0]) == 12
-    assert len(decode_video(Path("d/driving/face.mp4"))[0]) == 12
-    assert np.load("d/driving/keypoints.npz")["keypoints"].shape == (12, 133, 3)
-    record = json.loads(Path("d/driving/extract.json").read_text())
-    assert (record["format_version"], record["num_frames"], record["size"]) == (1, 12, "64x48")
+    # The poses were extracted from the raw video, with its dancer in every frame.
+    assert len(decode_video(Path("d/driving.mp4"))[0]) == 12
+    record = json.loads(Path("d/driving_pose/extract.json").read_text())
+    assert (record["num_frames"], record["size"], record["frames_without_person"]) == (
+        12,
+        "64x48",
+        0,
+    )
     # Eight moments of driving video, pose and result beside the reference.
     sheet = np.asarray(Image.open("d/contact_sheet.png"))
     assert sheet.shape == (24 + 3 * 128, 96 + 128 + 16 + 8 * 128, 3)
@@ -75,12 +79,12 @@ def test_json_tells_all_paths_and_the_seed_changes_everything(
         "output": "a/demo.mp4",
         "contact_sheet": "a/contact_sheet.png",
         "reference": "a/reference.png",
-        "driving": "a/driving",
+        "driving": "a/driving.mp4",
     }
     assert (told["frames"], captured.err) == (5, "")
     assert main(["demo", "b", "--seconds", "0.4"]) == 0
     assert main(["demo", "c", "--seconds", "0.4", "--seed", "1"]) == 0
-    for name in ("demo.mp4", "reference.png", "driving/pose.mp4", "driving/driving.mp4"):
+    for name in ("demo.mp4", "reference.png", "driving_pose/pose.mp4", "driving.mp4"):
         assert Path("a", name).read_bytes() == Path("b", name).read_bytes()
         assert Path("a", name).read_bytes() != Path("c", name).read_bytes()
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from everanimate_cli.cli import ANIMATE_HELP, DEMO_HELP, RUNS_HELP, main
-from everanimate_cli.settings import AnimateSettings, DemoSettings, option_name
+from everanimate_cli.cli import ANIMATE_HELP, DEMO_HELP, EXTRACT_HELP, RUNS_HELP, main
+from everanimate_cli.settings import AnimateSettings, DemoSettings, ExtractSettings, option_name
 
 
 def help_page(*words: str, columns: int = 200) -> str:
@@ -82,15 +82,48 @@ def test_the_demo_page_shows_its_options_and_defaults() -> None:
     assert "[default: 10.0]" in page
 
 
+@pytest.fixture(scope="module")
+def extract_page() -> str:
+    return help_page("extract-pose")
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(ExtractSettings)])
+def test_every_option_of_an_extraction_is_on_the_page(extract_page: str, name: str) -> None:
+    # An argument that is needed has a star before its name.
+    assert re.search(rf"^│ \*? *{option_name(name)}\b", extract_page, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("size", "832x480"),
+        ("fps", "25"),
+        ("crf", "12"),
+        ("pose_model", "rtmw"),
+        ("detect_every", "8"),
+        ("max_gap", "0.3"),
+        ("smooth", "on"),
+        ("face_scale", "1.3"),
+        ("output", "VIDEO_pose"),
+    ],
+)
+def test_defaults_of_an_extraction_are_shown(extract_page: str, name: str, default: str) -> None:
+    line = re.search(rf"^│ +{option_name(name)}\b.*$", extract_page, re.MULTILINE)
+    assert line is not None
+    assert f"(default: {default})" in line[0]
+
+
 def test_the_program_lists_its_commands() -> None:
     page = help_page()
     assert re.search(r"^│ animate +Animate the character", page, re.MULTILINE)
+    assert re.search(r"^│ extract-pose +Turn VIDEO into", page, re.MULTILINE)
     assert re.search(r"^│ demo +Render a character and a dance", page, re.MULTILINE)
     assert re.search(r"^│ runs +List the runs in FOLDER", page, re.MULTILINE)
 
 
-def test_a_page_fits_a_terminal_of_80_columns() -> None:
-    page = help_page("animate", columns=80)
+@pytest.mark.parametrize("command", ["animate", "extract-pose"])
+def test_a_page_fits_a_terminal_of_80_columns(command: str) -> None:
+    page = help_page(command, columns=80)
     assert max(len(line) for line in page.splitlines()) <= 80
     assert "…" not in page
 
@@ -103,6 +136,7 @@ def examples(text: str) -> list[list[str]]:
 
 def test_all_commands_give_examples() -> None:
     assert len(examples(ANIMATE_HELP)) >= 3
+    assert len(examples(EXTRACT_HELP)) >= 3
     assert len(examples(DEMO_HELP)) >= 2
     assert len(examples(RUNS_HELP)) >= 2
 
@@ -119,4 +153,18 @@ def test_the_examples_parse_and_lack_nothing_but_their_files(
     assert capsys.readouterr().err in (
         "error: REF anna.png does not exist. Give a picture of the character.\n",
         "error: --config anna.json cannot be read: No such file or directory.\n",
+    )
+
+
+@pytest.mark.parametrize("words", examples(EXTRACT_HELP))
+def test_the_examples_of_an_extraction_parse_and_lack_nothing_but_their_files(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    assert capsys.readouterr().err == (
+        "error: VIDEO dance.mp4 does not exist. Give a video of a moving person.\n"
     )

@@ -26,7 +26,7 @@ def write_run(name: str, num_chunks: int = 2, age_s: float = 0.0) -> RunFolder:
     (run.path / "lock").touch()
     for chunk_index in range(num_chunks):
         run.segment_path(chunk_index, range(4, 9)).write_bytes(bytes(200_000))
-        run.chunk_path(chunk_index).write_bytes(bytes(324_288))
+        run.part_path(chunk_index).write_bytes(bytes(324_288))
     for path in run.path.iterdir():
         os.utime(path, times=(time.time() - age_s,) * 2)
     return run
@@ -115,7 +115,7 @@ def test_what_a_killed_removal_left_is_listed_and_removed(
 ) -> None:
     run = write_run("a.mp4.run")
     run.request_path.unlink()
-    run.chunk_path(0).unlink()
+    run.part_path(0).unlink()
     (run.path / ".00001.safetensors.0123abcd.part").touch()
     assert main(["runs", "--remove"]) == 0
     assert capsys.readouterr().out == "a.mp4.run: 0 chunks, 0.7 MiB, 0 min old, removed\n"

@@ -45,6 +45,7 @@ def run_fresh(program: str, words: list[str], folder: Path) -> tuple[int, list[s
     [
         (["--help"], 0),
         (["animate", "--help"], 0),
+        (["extract-pose", "--help"], 0),
         (["demo", "--help"], 0),
         (["--version"], 0),
         (["animate", "--bogus"], 2),
@@ -52,6 +53,9 @@ def run_fresh(program: str, words: list[str], folder: Path) -> tuple[int, list[s
         (["animate", "eve.png", "dance"], 2),
         (["animate", "anna.png", "dance", "--lora", "no.safetensors"], 2),
         (["animate", "anna.png", "dance", "-o", "taken.mp4"], 2),
+        (["extract-pose", "eve.mp4"], 2),
+        (["extract-pose", "taken.mp4", "--size", "830x480"], 2),
+        (["extract-pose", "taken.mp4", "-o", "dance"], 2),
         (["demo", "anna.png"], 2),
         (["runs"], 0),
         (["runs", "--remove", "--json"], 0),

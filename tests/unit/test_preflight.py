@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from everanimate_cli.errors import EverAnimateError, InputError, SettingsError, WeightsError
-from everanimate_cli.preflight import DEMO_MODELS, check_animate, check_demo
-from everanimate_cli.settings import AnimateSettings, DemoSettings, LoraSpec
+from everanimate_cli.preflight import check_animate, check_demo, check_extract
+from everanimate_cli.settings import AnimateSettings, DemoSettings, ExtractSettings, LoraSpec
 
-DRIVING_ADVICE = "Give a folder with pose.mp4, face.mp4 and extract.json, or --pose and --face."
+DRIVING_ADVICE = "Give a video or a folder made by extract-pose, or --pose and --face."
 PICTURE_ADVICE = "Give a picture of the character."
 LORA_ADVICE = "Give a .safetensors file or a Hub id, with its strength as FILE=SCALE."
 
@@ -43,8 +43,7 @@ def write_run(name: str = "dance_anna.mp4.run", files: tuple[str, ...] = ("run.j
 
 
 def write_demo(seed: int = 0) -> None:
-    record = {"models": DEMO_MODELS, "settings": {"seed": seed, "seconds": 10.0}}
-    write("demo/driving/extract.json", json.dumps(record).encode())
+    write("demo/driving.json", json.dumps({"seed": seed, "seconds": 10.0}).encode())
 
 
 def nothing() -> None:
@@ -80,10 +79,10 @@ def nothing() -> None:
             f"DRIVING waltz does not exist. {DRIVING_ADVICE}",
         ),
         (
-            nothing,
-            {"driving": Path("anna.png")},
+            lambda: write("waltz.mp4", b""),
+            {"driving": Path("waltz.mp4")},
             InputError,
-            f"DRIVING anna.png is a file. {DRIVING_ADVICE}",
+            f"DRIVING waltz.mp4 is empty. {DRIVING_ADVICE}",
         ),
         (
             lambda: Path("dance/face.mp4").unlink(),
@@ -349,13 +348,14 @@ def test_an_unfinished_demo_is_continued_with_the_same_options_only() -> None:
     check_demo(DemoSettings(directory=directory))
 
 
-@pytest.mark.parametrize("record", [b"", b"[]", b"{}", b'{"models": {}, "settings": {}}'])
+@pytest.mark.parametrize("record", [b"", b"[]", b"{}", b'{"seed": {}, "seconds": 1}'])
 def test_files_of_others_are_in_the_way_of_a_demo(record: bytes) -> None:
-    write("demo/driving/extract.json", record)
+    write("demo/driving.json", record)
     with pytest.raises(InputError) as caught:
         check_demo(DemoSettings(directory=Path("demo")))
     assert str(caught.value) == (
-        "DIR demo holds another driving. Add --overwrite to replace it, or give another folder."
+        "DIR demo holds another driving.json. Add --overwrite to replace it, or give another "
+        "folder."
     )
     check_demo(DemoSettings(directory=Path("demo"), overwrite=True))
 
@@ -372,3 +372,87 @@ def test_demo_needs_a_folder_without_an_earlier_demo() -> None:
         "DIR old holds an earlier demo.mp4. Add --overwrite to replace it, or give another folder."
     )
     check_demo(DemoSettings(directory=Path("old"), overwrite=True))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"person": 1}, "--person 1"),
+        ({"select": "left"}, "--select left"),
+        ({"retarget": True}, "--retarget"),
+        ({"pose_model": "toy"}, "--pose-model toy"),
+        ({"detector": "toy"}, "--detector toy"),
+        ({"pose_folder": Path("p")}, "--pose-folder p"),
+    ],
+)
+def test_options_of_an_extraction_need_a_raw_video(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        check_animate(settings(**options))
+    assert str(caught.value) == f"{text} needs a raw video as DRIVING."
+    write("waltz.mp4")
+    check_animate(settings(driving=Path("waltz.mp4"), **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"output": Path("waltz.mp4")},
+            "--output waltz.mp4 is also an input. Give another name.",
+        ),
+        (
+            {"output": Path("w.mp4"), "pose_folder": Path("anna.png")},
+            "--pose-folder anna.png is a file. Give a folder.",
+        ),
+        (
+            {"output": Path("w.mp4"), "pose_folder": Path("no/where")},
+            "--pose-folder no/where cannot be made: the folder no does not exist. Make it first, "
+            "or give another path.",
+        ),
+        (
+            {"pose_model": "mine.onnx"},
+            "--pose-model mine.onnx does not exist. Give a name or an .onnx file.",
+        ),
+    ],
+)
+def test_a_raw_driving_video(options: dict[str, Any], message: str) -> None:
+    write("waltz.mp4")
+    with pytest.raises(InputError) as caught:
+        check_animate(settings(driving=Path("waltz.mp4"), overwrite=True, **options))
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"video": Path("no.mp4")},
+            "VIDEO no.mp4 does not exist. Give a video of a moving person.",
+        ),
+        ({"video": Path("dance")}, "VIDEO dance is a folder. Give a video of a moving person."),
+        (
+            {"retarget": Path("eve.png")},
+            "--retarget eve.png does not exist. Give a picture of the character.",
+        ),
+        (
+            {"size": "830x480"},
+            "--size 830x480 is not a multiple of 16 on both sides. Give 816x480 or 832x480.",
+        ),
+        ({"output": Path("anna.png")}, "--output anna.png is a file. Give a folder."),
+        (
+            {"output": Path("no/where")},
+            "--output no/where cannot be made: the folder no does not exist. Make it first, or "
+            "give another path.",
+        ),
+        (
+            {"output": Path("dance")},
+            "--output dance holds face.mp4. Add --overwrite to replace it, or give another folder.",
+        ),
+    ],
+)
+def test_an_extraction(options: dict[str, Any], message: str) -> None:
+    write("waltz.mp4")
+    with pytest.raises(EverAnimateError) as caught:
+        check_extract(ExtractSettings(**{"video": Path("waltz.mp4"), **options}))
+    assert str(caught.value) == message
+    assert caught.value.exit_code == 2

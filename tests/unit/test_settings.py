@@ -37,7 +37,7 @@ TOY_DEFAULTS: dict[str, Any] = {
     "face_size": 32,
     "prompt": "a person dances",
 }
-NO_DRIVING = "Give a folder with pose.mp4, face.mp4 and extract.json, or --pose and --face."
+NO_DRIVING = "Give a video or a folder made by extract-pose, or --pose and --face."
 
 
 def animate(**options: Any) -> AnimateSettings:
@@ -209,8 +209,9 @@ def test_requested_frames_at_12_5_fps(length: dict[str, Any], frames: int | None
         ({}, "dance_anna.mp4"),
         (
             {"ref": Path("pictures/eve.v2.jpg"), "driving": Path("in/waltz.1/")},
-            "waltz.1_eve.v2.mp4",
+            "waltz_eve.v2.mp4",
         ),
+        ({"driving": Path("in/waltz.mp4")}, "waltz_anna.mp4"),
         ({"driving": None, "pose": Path("in/p.mp4"), "face": Path("f.mp4")}, "p_anna.mp4"),
     ],
 )
@@ -226,6 +227,11 @@ def test_default_output_of_the_current_folder_has_its_name(
     folder.mkdir()
     monkeypatch.chdir(folder)
     assert animate(driving=Path()).default_output == Path("tango_anna.mp4")
+    # The folder of the poses of a video gives the same name as the video.
+    for name in ("waltz_pose", "waltz.1"):
+        Path(name).mkdir()
+    assert animate(driving=Path("waltz_pose")).default_output == Path("waltz_anna.mp4")
+    assert animate(driving=Path("waltz.1")).default_output == Path("waltz.1_anna.mp4")
 
 
 @pytest.mark.parametrize(

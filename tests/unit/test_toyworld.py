@@ -6,7 +6,10 @@ import pytest
 from everanimate_cli import skeleton
 from everanimate_cli.toyworld import (
     FACE_SIZE_PX,
+    Actor,
+    Camera,
     Dance,
+    ToyGroup,
     ToyScene,
     make_person,
 )
@@ -85,3 +88,74 @@ def test_people_of_different_seeds_look_different() -> None:
     for first in range(6):
         for second in range(first):
             assert np.abs(pictures[first] - pictures[second]).mean() > 5
+
+
+@pytest.mark.parametrize("camera", ["still", "moving"])
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (270, 480)])
+def test_a_group_of_one_is_the_scene(height: int, width: int, camera: Camera) -> None:
+    scene = ToyScene(3, 4, height=height, width=width, camera=camera)
+    group = ToyGroup(
+        [Actor(person_seed=3, dance=4)],
+        height=height,
+        width=width,
+        background_seed=3,
+        camera=camera,
+        camera_seed=3,
+    )
+    alone, frame = scene.frame_at(5.1), group.frame_at(5.1)
+    np.testing.assert_array_equal(frame.rgb, alone.rgb)
+    np.testing.assert_array_equal(frame.figures[0].keypoints, alone.keypoints)
+    np.testing.assert_array_equal(group.room_at(5.1), scene.room_at(5.1))
+
+
+@pytest.mark.parametrize("side_px", [64, 300])
+def test_a_box_is_the_extent_of_the_drawn_person(side_px: int) -> None:
+    for seed in range(8):
+        actor = Actor(
+            person_seed=seed,
+            dance=Dance(seed, turn_after_s=0.0),
+            path=((0.0, 0.05, -0.1, 0.7),),
+        )
+        group = ToyGroup([actor], height=side_px, width=side_px, background_seed=seed + 77)
+        frame = group.frame_at(7.0)
+        drawn = np.abs(frame.rgb.astype(int) - group.room_at(7.0)).max(-1) > 12
+        rows, columns = np.nonzero(drawn)
+        extent = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
+        np.testing.assert_allclose(frame.figures[0].box, extent, atol=2)
+
+
+def test_two_people_cross_and_the_larger_one_stands_in_front() -> None:
+    near = Actor(person_seed=1, dance=1, path=((0, -0.3, 0, 0.8), (4, 0.3, 0, 0.8)))
+    far = Actor(person_seed=2, dance=2, path=((0, 0.3, 0, 0.7), (4, -0.3, 0, 0.7)))
+    size = {"height": 128, "width": 224}
+    group, swapped = ToyGroup([near, far], **size), ToyGroup([far, near], **size)
+    middles = []
+    for time_s in (0.0, 2.0, 4.0):
+        frame = group.frame_at(time_s)
+        np.testing.assert_array_equal(frame.rgb, swapped.frame_at(time_s).rgb)
+        middles.append([(figure.box[0] + figure.box[2]) / 2 for figure in frame.figures])
+    assert middles[0][0] < middles[0][1] - 50
+    assert middles[2][0] > middles[2][1] + 50
+    alone = ToyGroup([near], **size).frame_at(2.0)
+    crossing = group.frame_at(2.0)
+    x0, y0, x1, y1 = alone.figures[0].box.round().astype(int)
+    same = (crossing.rgb == alone.rgb).all(-1)[y0:y1, x0:x1]
+    changed = np.abs(crossing.rgb.astype(int) - group.room_at(2.0)).max(-1)[y0:y1, x0:x1] > 12
+    assert (same & changed).mean() > 0.2  # the near person is drawn over the far one
+    np.testing.assert_array_equal(crossing.figures[0].keypoints, alone.figures[0].keypoints)
+
+
+def test_somebody_leaves_and_comes_back() -> None:
+    path = ((1, 0, 0, 1), (2, 1.2, 0, 1), (5, 1.2, 0, 1), (6, 0, 0, 1))
+    group = ToyGroup([Actor(person_seed=1, dance=1, path=path)], height=64, width=64)
+    for time_s, there in ((0.0, True), (3.0, False), (4.9, False), (7.0, True)):
+        frame = group.frame_at(time_s)
+        assert bool((frame.rgb != group.room_at(time_s)).any()) == there
+        assert (frame.figures[0].box[0] < 64) == there
+
+
+def test_an_empty_group_shows_the_empty_room() -> None:
+    group = ToyGroup([], height=64, width=96, background_seed=5, camera="moving")
+    frames = list(group.frames(3, start_s=2.0))
+    assert [frame.figures for frame in frames] == [()] * 3
+    np.testing.assert_array_equal(frames[0].rgb, group.room_at(2.0))
