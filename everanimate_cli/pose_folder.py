@@ -254,6 +254,7 @@ class Encoder:
         self._index = num_segments
         self._segment: _SegmentWriter | None = None
         self._jobs: deque[Future[None]] = deque()
+        self._has_failed = False
         self._in_flight = in_flight
         self._thread = ThreadPoolExecutor(max_workers=1)
 
@@ -262,12 +263,15 @@ class Encoder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Wait for what is not written yet, or give up an unfinished segment."""
+        """Wait for what is not written yet, then give up an unfinished segment.
+
+        After an interruption too: one more segment may become whole.
+        """
         try:
             while kind is None and self._jobs:
                 self._jobs.popleft().result()
         finally:
-            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._thread.shutdown(wait=True)
             if self._segment is not None:
                 self._segment.abandon()
 
@@ -282,7 +286,17 @@ class Encoder:
     def _submit(self, job: Callable[[Any], None], value: object) -> None:
         while self._jobs and (self._jobs[0].done() or len(self._jobs) >= self._in_flight):
             self._jobs.popleft().result()
-        self._jobs.append(self._thread.submit(job, value))
+        self._jobs.append(self._thread.submit(self._run, job, value))
+
+    def _run(self, job: Callable[[Any], None], value: object) -> None:
+        """Do a job, unless one before it failed: a segment without a frame may not be finished."""
+        if self._has_failed:
+            return
+        try:
+            job(value)
+        except BaseException:
+            self._has_failed = True
+            raise
 
     def _write(self, seen: Seen) -> None:
         if self._segment is None:

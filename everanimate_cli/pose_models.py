@@ -81,8 +81,8 @@ _LEAST_SCORES: Final[Mapping[DetectorKind, float]] = {
 _YOLOX_OVERLAP: Final = 0.45
 _YOLOV10_OVERLAP: Final = 0.5
 
+_LEAST_THRESHOLD: Final = 1e-6
 _BOX_PADDING: Final = 1.25
-_LEAST_BOX_PX: Final = 2.0
 _MAX_BATCH: Final = 16  # crops in one run
 _BINS_PER_PX: Final = 2  # of a SimCC network
 _BLUR_CELLS: Final = 11  # side of the Gaussian over a heatmap; OpenCV derives sigma 2 from it
@@ -175,14 +175,15 @@ def calibrate(keypoints: Keypoints, thresholds: Thresholds) -> Keypoints:
         thresholds: That model's.
 
     Returns:
-        [..., 133, 3] float64, a copy; 0 for the scores of a part whose threshold is infinite.
+        [..., 133, 3] float64, a copy. A part with an infinite threshold has the scores 0; with the
+        threshold 0, every positive score is large.
     """
-    factors = np.full(NUM_KEYPOINTS, 0.5 / thresholds.body)
-    factors[FACE_ROWS] = 0.5 / thresholds.face
+    limits = np.full(NUM_KEYPOINTS, thresholds.body)
+    limits[FACE_ROWS] = thresholds.face
     for rows in HAND_ROWS:
-        factors[rows] = 0.5 / thresholds.hand
+        limits[rows] = thresholds.hand
     result = np.array(keypoints, np.float64)
-    result[..., 2] *= factors
+    result[..., 2] *= 0.5 / np.maximum(limits, _LEAST_THRESHOLD)
     return result
 
 
@@ -318,7 +319,6 @@ def _open_session(
     # Its log goes to stderr, which is the console's; what matters is raised as well.
     runtime.set_default_logger_severity(_SILENT)
     options = runtime.SessionOptions()
-    options.log_severity_level = _SILENT
     options.inter_op_num_threads = 1
     if threads is not None:
         options.intra_op_num_threads = threads
@@ -871,7 +871,7 @@ def choose_crops(
 
     Source: rtmlib 0.0.16; pose page section 2, `vitpose_crop_cases`.
     """
-    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], _LEAST_BOX_PX) * _BOX_PADDING
+    sides = (boxes[:, 2:] - boxes[:, :2]) * _BOX_PADDING
     aspect = width / height
     is_wide = sides[:, 0] > sides[:, 1] * aspect
     sides[is_wide, 1] = sides[is_wide, 0] / aspect

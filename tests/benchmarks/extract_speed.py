@@ -40,6 +40,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import io
 import json
 import math
 import multiprocessing
@@ -263,11 +264,11 @@ def render_clip(path: Path, clip: Clip) -> None:
     rng = np.random.default_rng(SEED)
     # Without grain a picture is decoded in less time than any film.
     grains = [
-        np.repeat(rng.normal(0, 2.5, (clip.height, clip.width, 1)), 3, axis=2).astype(np.int16)
+        np.repeat(rng.normal(0, 1.5, (clip.height, clip.width, 1)), 3, axis=2).astype(np.int16)
         for _ in range(4)
     ]
     size = {"height": clip.height, "width": clip.width}
-    with VideoWriter(path, **size, rate=FPS, crf=20, preset="veryfast", threads=2) as writer:
+    with VideoWriter(path, **size, rate=FPS, crf=22, preset="veryfast", threads=2) as writer:
         for index, frame in enumerate(scene.frames(clip.num_rendered, rate_fps=FPS)):
             large = cv2.resize(frame.rgb, (clip.width, clip.height))
             grain = grains[index % len(grains)]
@@ -404,7 +405,7 @@ def open_rtmlib(networks: Networks, threads: int) -> tuple[Any, Any]:
         session = TimedSession(path, threads)
         height, width = session.input_px
         size = (height, width) if kind is rtmlib.YOLOX else (width, height)
-        with contextlib.redirect_stdout(sys.stderr):  # it tells what it loads
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells what it loads
             tool = kind(str(path), model_input_size=size)
         tool.session = session
         tools.append(tool)

@@ -73,12 +73,14 @@ OTHER_OPTIONS = [
     "png",
     "device",
 ]
+# In `test_animate_raw`.
+RAW_OPTIONS = ["pose_model", "detector", "person", "select", "retarget", "pose_folder"]
 # In `test_animate` and `test_resume`.
 RUN_OPTIONS = ["resume", "overwrite", "keep_run", "dry_run"]
 
 
 def test_every_option_has_its_test() -> None:
-    tested = {*OTHER_OPTIONS, *RUN_OPTIONS}
+    tested = {*OTHER_OPTIONS, *RAW_OPTIONS, *RUN_OPTIONS}
     words = {word for words in PICTURE_OPTIONS for word in words}
     assert words >= {
         option_name(item.name) for item in fields(AnimateSettings) if item.name not in tested

@@ -4,13 +4,17 @@ import json
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
-from dances import write_dance_video
+from dances import dancer, group_frames, write_dance_video, write_group_video
 from media import decode_video, sound_length, tone_bursts, write_media
+from PIL import Image
 from studio import Animate, dance_frames
 
+import everanimate_cli
 from everanimate_cli import extract
 from everanimate_cli.cli import main
+from everanimate_cli.toyworld import ToyScene
 
 RAW = ("anna.png", "film.mp4")
 TOY = ("--pose-model", "toy")
@@ -121,3 +125,56 @@ def test_a_video_without_a_person(animate: Animate) -> None:
     assert not Path("empty_pose").exists()
     assert not Path("empty_pose.run").exists()
     assert not Path("empty_anna.mp4.run").exists()
+
+
+@pytest.fixture(scope="module")
+def duet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two people side by side, the left one nearer to the camera."""
+    left, right = dancer(0, (0.0, -0.25, 0.0, 0.95)), dancer(2, (0.0, 0.25, 0.0, 0.75))
+    frames = group_frames([left, right], 15, height=160, width=240)
+    return write_group_video(tmp_path_factory.mktemp("duet") / "duet.mp4", frames)
+
+
+def mean_pose_x(folder: str) -> float:
+    with np.load(f"{folder}/keypoints.npz") as arrays:
+        return float(arrays["raw_keypoints"][:, :17, 0].mean())
+
+
+def test_one_of_several_people_is_followed(animate: Animate, duet: Path) -> None:
+    places = {}
+    for words in ((), ("--person", "1"), ("--select", "right")):
+        folder = "_".join(words) or "none"
+        rest = ("--pose-folder", folder, "-o", "a.mp4", "--overwrite", "--frames", "5")
+        assert animate(*words, *rest, inputs=("anna.png", str(duet))).code == 0
+        places[folder] = mean_pose_x(folder)
+    assert places["none"] < 100
+    assert places["--person_1"] > 140
+    assert places["--select_right"] == places["--person_1"]
+
+
+def test_model_files_and_retargeting(animate: Animate, place: Path) -> None:
+    toy = Path(everanimate_cli.__file__).parent / "toy_pose"
+    for name in ("pose", "detector"):
+        (place / f"{name}.onnx").symlink_to(toy / f"{name}.onnx")
+    words = ("--frames", "5", "--overwrite", "-o", "a.mp4")
+    assert animate(*words, "--pose-folder", "plain", inputs=RAW).code == 0
+    outcome = animate(
+        *words,
+        *("--pose-folder", "files", "--pose-model", "pose.onnx", "--detector", "detector.onnx"),
+        inputs=RAW,
+    )
+    assert outcome.code == 0, outcome.err
+    with np.load("plain/keypoints.npz") as plain, np.load("files/keypoints.npz") as files:
+        assert np.array_equal(plain["raw_keypoints"], files["raw_keypoints"])
+    # The picture of a small person at the lower left.
+    picture = np.full((96, 128, 3), 90, np.uint8)
+    picture[32:, :64] = ToyScene(1_000_004, 3).reference()
+    Image.fromarray(picture).save("small.png")
+    outcome = animate(
+        *words, "--pose-folder", "moved", "--retarget", inputs=("small.png", "film.mp4")
+    )
+    assert outcome.code == 0, outcome.err
+    _, frames = decode_video(Path("moved/pose.mp4"))
+    rows, columns = np.nonzero(frames[0].max(axis=2) > 60)
+    assert rows.mean() > 24
+    assert columns.mean() < 32

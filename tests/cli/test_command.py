@@ -56,7 +56,7 @@ def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
     monkeypatch.chdir(tmp_path)
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
         monkeypatch.delenv(name, raising=False)  # they make rich believe in a terminal
-    names = ["anna.png", "back.png", "p.mp4", "f.mp4", "a.safetensors"]
+    names = ["anna.png", "back.png", "film.mp4", "p.mp4", "f.mp4", "a.safetensors"]
     for name in [*names, *(f"dance/{name}" for name in ("pose.mp4", "face.mp4", "extract.json"))]:
         path = Path(name)
         path.parent.mkdir(exist_ok=True)
@@ -109,6 +109,23 @@ OPTIONS: dict[str, tuple[list[str], object]] = {
     "dry_run": (["--dry-run"], True),
 }
 
+# The same after `animate anna.png film.mp4`: options of the extraction.
+RAW_OPTIONS: dict[str, tuple[list[str], object]] = {
+    "pose_model": (["--pose-model", "dwpose"], "dwpose"),
+    "detector": (["--detector", "yolox-tiny"], "yolox-tiny"),
+    "person": (["--person", "1"], 1),
+    "select": (["--select", "left"], "left"),
+    "retarget": (["--retarget"], True),
+    "pose_folder": (["--pose-folder", "poses"], Path("poses")),
+}
+
+
+@pytest.mark.parametrize("name", RAW_OPTIONS)
+def test_each_option_of_a_raw_video_reaches_its_field(worker: Worker, name: str) -> None:
+    words, value = RAW_OPTIONS[name]
+    assert main(["animate", "anna.png", "film.mp4", *words]) == 0
+    assert getattr(worker.calls[0], name) == value
+
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_each_option_reaches_its_field(worker: Worker, name: str) -> None:
@@ -126,7 +143,7 @@ def test_pose_and_face_stand_in_for_the_driving_folder(worker: Worker) -> None:
 
 
 def test_every_field_has_its_option() -> None:
-    assert {*OPTIONS, "pose", "face"} == {item.name for item in fields(AnimateSettings)}
+    assert {*OPTIONS, *RAW_OPTIONS, "pose", "face"} == {item.name for item in fields(AnimateSettings)}
 
 
 def test_options_not_given_keep_the_defaults_of_the_settings(worker: Worker) -> None:

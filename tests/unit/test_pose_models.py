@@ -92,6 +92,13 @@ class Builder:
         height, width = self.size
         return self.add("Flatten", pooled), 3 * (height // cell_px) * (width // cell_px)
 
+    def leave_rows_open(self, rows: str, output: str) -> None:
+        """Only a run tells how many there are: those with a score above -1, which is all."""
+        scores = self.add("Gather", rows, np.array(4), axis=2)
+        is_kept = self.add("Greater", scores, np.array(-1, np.float32))
+        flat = self.add("Reshape", is_kept, np.array([-1]))
+        self.add("Compress", rows, flat, output=output, axis=1)
+
     def draw(self, *shape: int, scale: float = 1.0) -> NDArray[np.float32]:
         return (scale * self.rng.normal(size=shape)).astype(np.float32)
 
@@ -187,7 +194,10 @@ def build_yolox(path: Path, *, num_kinds: int = 1, states_rows: bool = True) -> 
     boxes = builder.add("Slice", rows, first, fourth, axis)
     scores = builder.add("Sigmoid", builder.add("Slice", rows, fourth, last, axis))
     builder.add("Concat", boxes, scores, output="output", axis=2)
-    return builder.save(path, {"output": [1, num_rows if states_rows else "rows", columns]})
+    if not states_rows:
+        builder.leave_rows_open("output", "some")
+    output = "output" if states_rows else "some"
+    return builder.save(path, {output: [1, num_rows if states_rows else "rows", columns]})
 
 
 def build_rows(
@@ -212,6 +222,8 @@ def build_rows(
         kinds = builder.rng.integers(0, 2, (1, num_rows, 1)).astype(np.float32)
         builder.add("Concat", moved, kinds, output="output", axis=2)
         name = "output"
+    if not states_rows:
+        builder.leave_rows_open(name, name := "some")
     return builder.save(path, {name: [1, num_rows if states_rows else "rows", columns]})
 
 
@@ -409,11 +421,9 @@ def test_heatmap_network_sees_the_released_crop(
         thresholds=Thresholds(body=1, hand=1, face=1),
         channels=channels,
     )
-    monkeypatch.setitem(POSE_MODELS, "vitpose", vitpose)  # type: ignore[arg-type]
+    monkeypatch.setitem(POSE_MODELS, "vitpose", vitpose)
     models = load("vitpose")
-    network, seen = models._networks[1], []
-    run = network.run
-    monkeypatch.setattr(network, "run", lambda blob: (seen.append(blob.copy()), run(blob))[1])
+    seen = record_runs(monkeypatch, models)
     frame = FRAMES["wide"]
     models.estimator.estimate(frame, np.array([[-20.0, 30.0, 470.0, 250.0]]))
     # Centre (225, 140); 490 wide, so 612.5 x 816.67: from (-81, -268) to (531, 548).
@@ -422,7 +432,21 @@ def test_heatmap_network_sees_the_released_crop(
     crop = cv2.resize(patch, CROP_PX[::-1])[..., :: 1 if channels == "rgb" else -1]
     expected = (crop / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     np.testing.assert_allclose(seen[0][0], expected.transpose(2, 0, 1), rtol=0, atol=2e-6)
-    assert models.record["pose_model"]["channels"] == channels  # type: ignore[index]
+    record: Any = models.record
+    assert record["pose_model"]["channels"] == channels
+
+
+def record_runs(monkeypatch: pytest.MonkeyPatch, models: PoseModels) -> list[NDArray[np.float32]]:
+    """What the pose model's network is given from now on."""
+    network, seen = models._networks[1], []
+    run = network.run
+
+    def run_and_record(blob: NDArray[np.float32]) -> list[NDArray[np.float32]]:
+        seen.append(blob.copy())
+        return run(blob)
+
+    monkeypatch.setattr(network, "run", run_and_record)
+    return seen
 
 
 # --- detectors -----------------------------------------------------------------------------------
@@ -477,7 +501,7 @@ def test_score_threshold_of_the_table(
     counts = []
     for score in (None, 0.3, 0.9):
         entry = DetectorModel(files=files, about="", score_threshold=score)
-        monkeypatch.setitem(DETECTORS, "yolox-l", entry)  # type: ignore[arg-type]
+        monkeypatch.setitem(DETECTORS, "yolox-l", entry)
         counts.append(len(load(detector="yolox-l").detector.detect(FRAMES["wide"]).boxes))
     usual, many, few = counts
     assert many > usual > few > 0
@@ -491,30 +515,24 @@ def test_one_person_in_each_of_several_frames(
     load: Callable[..., PoseModels], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     models = load(f"{name}.onnx")
-    estimator, network = models.estimator, models._networks[1]
+    estimator = models.estimator
     some = [FRAMES["wide"], FRAMES["tall"], FRAMES["1080p"], FRAMES["small"]]
     alone = [
         estimator.estimate(frame, box[None])[0] for frame, box in zip(some, BOXES, strict=True)
     ]
-    sizes = []
-    run = network.run
-    monkeypatch.setattr(network, "run", lambda blob: (sizes.append(len(blob)), run(blob))[1])
+    seen = record_runs(monkeypatch, models)
     together = estimator.estimate_batch(some, BOXES)
     np.testing.assert_allclose(together, alone, rtol=0, atol=1e-3)
-    assert sizes == [4]
+    assert [len(blob) for blob in seen] == [4]
 
 
 def test_many_people_take_several_runs(
     load: Callable[..., PoseModels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = load()
-    sizes = []
-    run = models._networks[1].run
-    monkeypatch.setattr(
-        models._networks[1], "run", lambda blob: (sizes.append(len(blob)), run(blob))[1]
-    )
+    seen = record_runs(monkeypatch, models)
     keypoints = models.estimator.estimate(FRAMES["wide"], np.tile(BOXES, (10, 1)))
-    assert sizes == [16, 16, 8]
+    assert [len(blob) for blob in seen] == [16, 16, 8]
     np.testing.assert_array_equal(keypoints[:4], keypoints[36:])
 
 
@@ -614,6 +632,8 @@ def test_calibrated_scores() -> None:
     assert (keypoints[:, 2] == 3).all()
     never = calibrate(keypoints, Thresholds(body=0.5, hand=float("inf"), face=0.5))
     assert (never[91:, 2] == 0).all()
+    always = calibrate(keypoints, Thresholds(body=0, hand=0, face=0))
+    assert (always[:, 2] > 1000).all()
 
 
 # --- loading -------------------------------------------------------------------------------------
@@ -658,8 +678,8 @@ def test_published_models_come_as_a_pair(
         thresholds=POSE_MODELS["vitpose"].thresholds,
     )
     yolo = DetectorModel(files=(publish("yolov10.onnx"),), about="", channels="rgb")
-    monkeypatch.setitem(POSE_MODELS, "vitpose", vitpose)  # type: ignore[arg-type]
-    monkeypatch.setitem(DETECTORS, "yolov10m", yolo)  # type: ignore[arg-type]
+    monkeypatch.setitem(POSE_MODELS, "vitpose", vitpose)
+    monkeypatch.setitem(DETECTORS, "yolov10m", yolo)
     models = load_models("vitpose", None, provider="cpu", threads=1, on_event=ignore)
     assert models.detector.name == "yolov10m"
     assert models.estimator.thresholds == Thresholds(body=0.5, hand=0.5, face=0.3)
@@ -814,8 +834,10 @@ def test_raw_export_with_an_open_number_of_rows(
     tmp_path: Path, load: Callable[..., PoseModels]
 ) -> None:
     path = build_yolox(tmp_path / "open.onnx", states_rows=False)
-    record: Any = load(detector=str(path)).record
+    models = load(detector=str(path))
+    record: Any = models.record
     assert record["detector"]["kind"] == "yolox"
+    assert models.seconds_in_network == 0
 
 
 # --- where and how networks run ------------------------------------------------------------------
@@ -844,12 +866,18 @@ def test_cuda_that_is_not_installed(load: Callable[..., PoseModels]) -> None:
     )
 
 
+@pytest.mark.parametrize("has_driver", [False, True])
+@pytest.mark.filterwarnings("ignore:Specified provider 'CUDAExecutionProvider'")
 def test_cuda_that_does_not_start(
-    load: Callable[..., PoseModels], monkeypatch: pytest.MonkeyPatch, capfd: Any
+    load: Callable[..., PoseModels],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: Any,
+    has_driver: bool,
 ) -> None:
-    """onnxruntime-gpu on a machine without a driver; its own fallback prints on stdout."""
-    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    """Without libraries onnxruntime takes the CPU by itself; without a driver it raises."""
+    pretend_cuda(monkeypatch)
+    if not has_driver:
+        refuse_cuda(monkeypatch)
     problem = "CUDA does not start (no driver, or another version of CUDA or cuDNN is needed)"
     assert refusal(load, provider="cuda", error=SettingsError) == (
         f"--provider cuda: {problem}. Mend it, or give --provider cpu."
@@ -864,19 +892,41 @@ def test_cuda_that_does_not_start(
     assert capfd.readouterr() == ("", "")
 
 
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this were onnxruntime-gpu."""
+    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+
+
+def refuse_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What happens inside on a machine without a GPU; the library prints when it falls back."""
+    create = onnxruntime.InferenceSession._create_inference_session
+
+    def refuse(self: Any, providers: Any, *args: Any) -> None:
+        if "CUDAExecutionProvider" in providers:
+            raise RuntimeError("CUDA failure 100: no CUDA-capable device is detected")
+        create(self, providers, *args)
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "_create_inference_session", refuse)
+
+
 def test_a_damaged_file_is_not_blamed_on_cuda(
     tmp_path: Path, load: Callable[..., PoseModels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
+    pretend_cuda(monkeypatch)
+    refuse_cuda(monkeypatch)
     (tmp_path / "damaged.onnx").write_bytes(b"\x08")
     assert "cannot be loaded" in refusal(
         load, "simcc.onnx", str(tmp_path / "damaged.onnx"), provider="cuda"
     )
 
 
-def test_nothing_is_printed(load: Callable[..., PoseModels], capfd: Any) -> None:
-    models = load("simcc.onnx", "yolox.onnx")
+def test_nothing_is_printed(tmp_path: Path, load: Callable[..., PoseModels], capfd: Any) -> None:
+    """onnxruntime would warn of weights that nothing uses."""
+    model = onnx.load("simcc.onnx")
+    model.graph.initializer.append(numpy_helper.from_array(np.zeros(9, np.float32), "unused"))
+    onnx.save(model, tmp_path / "noisy.onnx")
+    models = load(str(tmp_path / "noisy.onnx"), "yolox.onnx")
     models.estimator.estimate(FRAMES["wide"], BOXES)
     models.detector.detect(FRAMES["wide"])
     assert capfd.readouterr() == ("", "")

@@ -3,7 +3,6 @@ import itertools
 import json
 import resource
 import shutil
-import sys
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -1175,4 +1174,3 @@ def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         reader.read(range(30))
     write_part(tmp_path / "b.mp4", moving_frames(3))
     assert capfd.readouterr() == ("", "")
-    assert "rtmlib" not in sys.modules
