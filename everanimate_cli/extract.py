@@ -23,6 +23,7 @@ from everanimate_cli import pose_models, skeleton
 from everanimate_cli.errors import InputError, MediaError, RunError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
 from everanimate_cli.images import atomic_path, fit_frame, fit_size, read_image, write_png
+from everanimate_cli.model_table import DETECTORS, POSE_MODELS, is_local, local_file
 from everanimate_cli.pose_analysis import (
     Analyser,
     Person,
@@ -44,7 +45,13 @@ from everanimate_cli.pose_folder import (
     read_state,
 )
 from everanimate_cli.runs import ExtractFolder
-from everanimate_cli.settings import CANVAS_MULTIPLE, HUB_PRESET, ExtractSettings, run_folder
+from everanimate_cli.settings import (
+    CANVAS_MULTIPLE,
+    HUB_PRESET,
+    ExtractSettings,
+    option_name,
+    run_folder,
+)
 from everanimate_cli.tracking import Tracks
 from everanimate_cli.video import VideoWriter
 from everanimate_cli.workspace import list_differences, open_work
@@ -221,10 +228,10 @@ def make_request(settings: ExtractSettings, size: tuple[int, int]) -> dict[str, 
         "--reference": settings.reference,
         "--retarget": settings.retarget,
     }
-    for name in ("pose_model", "detector"):
+    for name, known in (("pose_model", POSE_MODELS), ("detector", DETECTORS)):
         value = getattr(settings, name)
-        if value is not None and Path(value).suffix == ".onnx":
-            files[f"--{name.replace('_', '-')}"] = Path(value)
+        if value is not None and is_local(value, known):
+            files[option_name(name)] = local_file(option_name(name), value)
     paths = ("video", "output", "reference", "retarget", "threads")
     request = {k: v for k, v in settings.to_json().items() if k not in paths}
     request["size"] = f"{size[1]}x{size[0]}"

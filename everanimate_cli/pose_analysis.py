@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from everanimate_cli.downloads import Thresholds
+    from everanimate_cli.model_table import Thresholds
     from everanimate_cli.settings import ExtractSettings
 
     Frames = NDArray[np.uint8]
@@ -321,7 +321,7 @@ def _find_template(
             f"--template-frame {asked} is behind the last frame. "
             f"Give 0 to {source.num_frames - 1}, or leave it out."
         )
-    best: tuple[float, Template] | None = None
+    best: tuple[int, Template] | None = None
     last = source.num_frames if asked is None else asked + 1
     for index in range(last):
         try:
@@ -337,13 +337,14 @@ def _find_template(
         _, keypoints = _estimate(models, thresholds, frame_u8, box)
         if not tracker.update_pose(keypoints) or (asked is not None and index < asked):
             continue
-        weakest = float(keypoints[_LIMB_ROWS, 2].min())
+        num_joints = int((keypoints[_LIMB_ROWS, 2] >= _CALIBRATED).sum())
+        is_whole = num_joints == _LIMB_ROWS.stop - _LIMB_ROWS.start
         if best is None:
             last_s = index / settings.fps + _TEMPLATE_SEARCH_S
-        if best is None or weakest > best[0]:
-            is_whole = weakest >= _CALIBRATED
-            best = weakest, Template(index=index, keypoints=keypoints, is_whole=is_whole)
-        if weakest >= _CALIBRATED or index / settings.fps >= last_s:
+        # Of frames that show as much the first one, as the released code takes it.
+        if best is None or num_joints > best[0]:
+            best = num_joints, Template(index=index, keypoints=keypoints, is_whole=is_whole)
+        if is_whole or index / settings.fps >= last_s:
             break
     if best is not None:
         return best[1]
@@ -506,7 +507,9 @@ class Analyser:
         height, width = self._size
         box = None
         if seen.keypoints[skeleton.FACE_ROWS, 2].mean() >= _CALIBRATED:
-            box = skeleton.face_box(seen.keypoints, height, width, area_factor=settings.face_scale)
+            # The released crops are of unsmoothed keypoints, so smoothing has an option of its own.
+            points = seen.keypoints if seen.flags & Flag.FILLED else seen.raw
+            box = skeleton.face_box(points, height, width, area_factor=settings.face_scale)
         if box is not None:
             if settings.face_square:
                 box = _squared(box, height, width)

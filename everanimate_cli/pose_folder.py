@@ -149,6 +149,8 @@ class _SegmentWriter:
                         crf=settings.crf,
                         # The preview is for people, whose players know nothing else.
                         lossless=settings.lossless and name != "preview",
+                        # As the released files, which the network's readers take it for.
+                        matrix="bt601",
                     )
                 )
                 for name, size in renderer.sizes.items()

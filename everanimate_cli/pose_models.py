@@ -27,7 +27,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from everanimate_cli.downloads import (
+from everanimate_cli.downloads import fetch, hash_file
+from everanimate_cli.errors import RunError, SettingsError, WeightsError
+from everanimate_cli.events import Note, OnEvent
+from everanimate_cli.model_table import (
     DETECTORS,
     POSE_MODELS,
     TOY,
@@ -36,13 +39,9 @@ from everanimate_cli.downloads import (
     PoseModel,
     Thresholds,
     check_models,
-    fetch,
-    hash_file,
     is_local,
     local_file,
 )
-from everanimate_cli.errors import RunError, SettingsError, WeightsError
-from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.skeleton import FACE_ROWS, HAND_ROWS, NUM_KEYPOINTS
 
 if TYPE_CHECKING:

@@ -5,9 +5,11 @@ import os
 from pathlib import Path
 
 from everanimate_cli.errors import InputError, SettingsError, WeightsError
+from everanimate_cli.model_table import check_models
 from everanimate_cli.runs import ExtractFolder, RunFolder
 from everanimate_cli.settings import (
     CANVAS_MULTIPLE,
+    DEFAULT_POSE_MODEL,
     HUB_MODEL,
     POSE_SUFFIX,
     TOY_MODEL,
@@ -70,8 +72,7 @@ def check_animate(settings: AnimateSettings) -> None:
         given = settings.default_output if settings.output is None else settings.output
         folder = settings.pose_folder or default_pose_folder(given, settings.driving)
         _check_pose_folder("--pose-folder", folder)
-        check_pose_model("--pose-model", settings.pose_model)
-        check_pose_model("--detector", settings.detector)
+        check_models(settings.pose_model or DEFAULT_POSE_MODEL, settings.detector)
     output = settings.default_output if settings.output is None else settings.output
     # What an earlier run of the same result has made may be replaced: it is that run's own.
     continues = settings.resume and RunFolder(run_folder(output)).holds_run()
@@ -101,8 +102,7 @@ def check_extract(settings: ExtractSettings, *, lists_only: bool = False) -> Non
         path = getattr(settings, name)
         if path is not None:
             _check_file(f"--{name}", path, "Give a picture of the character.")
-    check_pose_model("--pose-model", settings.pose_model)
-    check_pose_model("--detector", settings.detector)
+    check_models(settings.pose_model, settings.detector)
     size = settings.height_width
     if size is not None and any(side % CANVAS_MULTIPLE for side in size):
         raise unfit_size(size, CANVAS_MULTIPLE)
@@ -110,6 +110,14 @@ def check_extract(settings: ExtractSettings, *, lists_only: bool = False) -> Non
         return
     output = settings.default_output if settings.output is None else settings.output
     _check_pose_folder("--output", output)
+    inputs = (settings.video, settings.reference, settings.retarget)
+    resolved = {path.resolve() for path in inputs if path is not None}
+    for name in POSE_FOLDER_FILES:
+        if (output / name).resolve() in resolved:
+            raise InputError(
+                f"--output {output} would replace {output / name}, which is also an input. "
+                "Give another folder."
+            )
     work = ExtractFolder(run_folder(output))
     if settings.overwrite or (settings.resume and work.holds_run()):
         return
@@ -133,6 +141,10 @@ def _check_pose_folder(label: str, output: Path) -> None:
     run = run_folder(output)
     if len(os.fsencode(run.name)) > _MAX_NAME_BYTES:
         raise InputError(f"{label} {output} has too long a name. Give a shorter one.")
+    if output.suffix.lower() == ".mp4" and not output.is_file():  # as a result of `animate` does
+        raise InputError(
+            f"{label} {output} is to be a folder. Give a name without {output.suffix}."
+        )
     # A link to nowhere does not exist, and yet is in the way.
     if not output.is_dir() and (output.exists() or output.is_symlink()):
         raise InputError(f"{label} {output} is a file. Give a folder.")
@@ -152,19 +164,6 @@ def _check_pose_folder(label: str, output: Path) -> None:
                 f"{label} {output} cannot be written: the folder {needed} is not writable. "
                 "Give another path."
             )
-
-
-def check_pose_model(label: str, name: str | None) -> None:
-    """Refuse a model file that is not there; asks no network.
-
-    Raises:
-        InputError: If it is missing, empty or of another kind.
-    """
-    if name is not None and (name.endswith(".onnx") or "/" in name or os.sep in name):
-        path = Path(name)
-        _check_file(label, path, "Give a name or an .onnx file.")
-        if path.suffix != ".onnx":
-            raise InputError(f"{label} {name} is not an .onnx file. Give a name or an .onnx file.")
 
 
 def unfit_size(size: tuple[int, int], multiple: int) -> SettingsError:

@@ -107,6 +107,8 @@ _GUESS_AGREES: Final = 1.5
 # degrees measure half, and from there on they are no measure for anything else.
 _BUILD_AGREES: Final = 2.0
 _WIDEST_SPREAD: Final = 3.0
+_LONG_FOR_BODY: Final = 1.5
+_BENDING: Final = ("upper arm", "forearm", "neck")
 _SIDEWAYS: Final = 0.25  # shoulder length over neck-hip length; about 0.33 seen from the front
 
 _CLASSES: Final[tuple[BodyClass, ...]] = ("half", "three-quarter", "full")  # rising
@@ -311,6 +313,7 @@ def measure(
         key=_CLASSES.index,
     )
     warnings += _spread_warnings(limbs)
+    warnings += _length_warnings(limbs, build)
     warnings += _sideways_warnings(driving, target)
     shoulders = ratios[_SHOULDERS.limbs[0]]
     if not _agree(shoulders, build, _BUILD_AGREES):
@@ -528,6 +531,21 @@ def _spread_warnings(limbs: _Limbs) -> list[str]:
         f"relative to the {shrunk.plural}. Mostly a limb is bent or turned in {_TEMPLATE} or "
         f"{_REFERENCE}; another template frame may help."
     ]
+
+
+def _length_warnings(limbs: _Limbs, build: float) -> list[str]:
+    """A line for arms and neck that would come out much too long for the body."""
+    lines = []
+    for part in _PARTS:
+        seen = [float(limbs.ratios[limb]) for limb in part.limbs if limbs.seen[limb]]
+        if part.name in _BENDING and seen and max(seen) > _LONG_FOR_BODY * build:
+            verb = "is" if part.plural == part.name else "are"
+            lines.append(
+                f"The {part.plural} would come out {max(seen) / build:.2g} times too long for the "
+                f"body: mostly {'it' if verb == 'is' else 'they'} {verb} bent or turned in "
+                f"{_TEMPLATE}; another template frame may help."
+            )
+    return lines
 
 
 def _sideways_warnings(driving: NDArray[np.float64], target: NDArray[np.float64]) -> list[str]:

@@ -145,7 +145,7 @@ class WorkFolder:
             except FileNotFoundError:  # removed just now by the process that had it
                 continue
             with lock:
-                if not _try_lock(lock):
+                if not try_lock(lock):
                     yield False
                     return
                 # Removed between the opening and the locking: another process may hold its
@@ -158,7 +158,7 @@ class WorkFolder:
         """Whether a process is at work on it; changes nothing, and no answer counts as yes."""
         try:
             with (self.path / _LOCK_FILE).open("rb") as lock:
-                return not _try_lock(lock)
+                return not try_lock(lock)
         except FileNotFoundError:
             return False
         except OSError:
@@ -346,7 +346,7 @@ def _is_file_at(file: IO[str], path: Path) -> bool:
         return False
 
 
-def _try_lock(file: IO[str] | IO[bytes]) -> bool:
+def try_lock(file: IO[str] | IO[bytes]) -> bool:
     """Take a file for this process until it is closed; False if another process has it."""
     try:
         import fcntl  # noqa: PLC0415  # absent on Windows

@@ -247,7 +247,9 @@ class Tracks:
         """
         order = _canonical_order(boxes, scores)
         ids = [-1] * len(boxes)
-        if order and self.opening_start_s is None:
+        # Not with a box too doubtful to start anybody: nobody would be there to choose from.
+        known = (scores[index] >= self.min_score for index in order)
+        if self.opening_start_s is None and any(known):
             self.opening_start_s = time_s
         if self.opening_start_s is not None:
             self.opening_done = time_s >= self.opening_start_s + OPENING_S

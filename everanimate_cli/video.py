@@ -44,6 +44,7 @@ from everanimate_cli.settings import MAX_CRF, Codec
 
 Ticks = npt.NDArray[np.int64]
 AudioOutcome = Literal["copied", "re-encoded", "absent"]
+Matrix = Literal["bt601", "bt709"]
 
 # Rates are fractions that fit MP4's 32-bit time scale: 30000/1001 stays exact.
 _MIN_RATE = Fraction(1, 1000)
@@ -69,6 +70,12 @@ _REORDER_DELAY = 2
 # x265 4.2 reads and writes past its buffers in pictures up to 64 pixels wide: the program crashes,
 # or the bytes differ from run to run.
 _MIN_H265_SIDE = 128
+
+# Matrix, primaries and transfer curve of a file.
+_TAGS = {
+    "bt601": (Colorspace.ITU601, ColorPrimaries.SMPTE170M, ColorTrc.SMPTE170M),
+    "bt709": (Colorspace.ITU709, ColorPrimaries.BT709, ColorTrc.BT709),
+}
 
 # What `VideoWriter` writes.
 _JOINED_VIDEO_CODECS = {"h264", "hevc"}
@@ -350,7 +357,7 @@ class VideoReader:
 class VideoWriter:
     """Encode frames to an MP4 file that appears under its name only when it is whole.
 
-    Colours are converted with the BT.709 matrix to limited range and tagged so. The same frames
+    Colours are converted to limited range and tagged so. The same frames
     and settings give the same bytes: the number of threads is fixed and no date is stored. Groups
     of pictures are closed, so that `join_videos` can put files end to end.
     """
@@ -367,6 +374,7 @@ class VideoWriter:
         preset: str = "medium",
         threads: int = 1,
         lossless: bool = False,
+        matrix: Matrix = "bt709",
     ) -> None:
         """Check the settings; the file is opened by `with`.
 
@@ -381,6 +389,8 @@ class VideoWriter:
             threads: Encoder threads; another number may give other bytes.
             lossless: Full colour resolution without quantisation, whatever `crf` says. Only the
                 rounding to YUV remains, at most 2 of 255; few players show such a file.
+            matrix: Between RGB and YUV. Readers that ignore the tag, such as OpenCV before 5, take
+                "bt601" for granted.
 
         Raises:
             SettingsError: If a value is out of range.
@@ -403,6 +413,7 @@ class VideoWriter:
         self._rate = as_rate(rate)
         self._pixel_format = "yuv444p" if lossless else "yuv420p"
         self._codec = codec
+        self._matrix: Matrix = matrix
         self._options = {"preset": preset, "crf": "0" if lossless else str(crf)}
         if codec == "h264":
             # x264's macroblock tree (core 165, AVX-512) reads memory that nobody has written in
@@ -441,9 +452,7 @@ class VideoWriter:
             )
             context = stream.codec_context
             context.pix_fmt = self._pixel_format
-            context.colorspace = Colorspace.ITU709
-            context.color_primaries = ColorPrimaries.BT709
-            context.color_trc = ColorTrc.BT709
+            context.colorspace, context.color_primaries, context.color_trc = _TAGS[self._matrix]
             context.color_range = ColorRange.MPEG
             _tag_for_players(stream)
             try:
@@ -490,7 +499,7 @@ class VideoWriter:
             frame = self._reformatter.reformat(
                 frame,
                 format=self._pixel_format,
-                dst_colorspace=Colorspace.ITU709,
+                dst_colorspace=_TAGS[self._matrix][0],
                 dst_color_range=ColorRange.MPEG,
                 threads=1,
             )

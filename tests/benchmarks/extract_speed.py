@@ -72,7 +72,8 @@ FPS = 30
 DETECT_EVERY = ExtractSettings(video=Path()).detect_every
 CANVAS = (HUB_PRESET.height, HUB_PRESET.width)
 FACE_SIZE = HUB_PRESET.face_size
-CRF = ExtractSettings(video=Path()).crf
+# Both sides encode alike, so that no difference is one of quality.
+CRF, PRESET = ExtractSettings(video=Path()).crf, "medium"
 SEED = 4_000_000  # people whom the embedded models have not seen
 
 # Interfaces of YOLOX-m and RTMW-l.
@@ -143,6 +144,11 @@ class Clip:
     def path(self, folder: Path) -> Path:
         """Where it lies."""
         return folder / f"{self.width}x{self.height}-{self.num_rendered}x{self.repeats}.mp4"
+
+    @property
+    def once(self) -> Clip:
+        """The clip without repeats."""
+        return Clip(height=self.height, width=self.width, seconds=self.seconds)
 
     @property
     def first_frame(self) -> Clip:
@@ -243,6 +249,14 @@ class Turn:
 # --- in processes of their own: making the inputs -------------------------------------------------
 
 
+def prepare(folder: Path, clips: Sequence[Clip], gflop: tuple[float, float] | None) -> None:
+    """Render clips, and write a detector and a pose model of these sizes."""
+    for clip in clips:
+        render_clip(clip.path(folder), clip)
+    if gflop is not None:
+        build_networks(folder, *gflop)
+
+
 def render_clip(path: Path, clip: Clip) -> None:
     """Write a dance of the toy world, scaled up, with the grain of a camera."""
     import cv2  # noqa: PLC0415  # see the comment above
@@ -252,10 +266,7 @@ def render_clip(path: Path, clip: Clip) -> None:
     from everanimate_cli.video import VideoWriter, join_videos  # noqa: PLC0415
 
     if clip.repeats > 1:
-        part = Clip(height=clip.height, width=clip.width, seconds=clip.seconds)
-        if not part.path(path.parent).exists():
-            render_clip(part.path(path.parent), part)
-        join_videos([part.path(path.parent)] * clip.repeats, path)
+        join_videos([clip.once.path(path.parent)] * clip.repeats, path)  # rendered before
         return
     scene_height = min(clip.height, 360)
     scene_width = round(scene_height * clip.width / clip.height / 2) * 2
@@ -273,6 +284,20 @@ def render_clip(path: Path, clip: Clip) -> None:
             large = cv2.resize(frame.rgb, (clip.width, clip.height))
             grain = grains[index % len(grains)]
             writer.write(np.asarray(cv2.add(large, grain, dtype=cv2.CV_8U), np.uint8)[None])
+
+
+def render_dances(folder: Path, clip: Clip, num_dances: int) -> None:
+    """Write those of the accuracy part; the camera moves in every second one."""
+    from everanimate_cli.toyworld import Dance, ToyScene  # noqa: PLC0415  # see the comment above
+    from everanimate_cli.video import VideoWriter  # noqa: PLC0415
+
+    size = {"height": clip.height, "width": clip.width}
+    for index in range(num_dances):
+        seed = SEED + 1 + index
+        scene = ToyScene(seed, Dance(seed), **size, camera="moving" if index % 2 else "still")
+        with VideoWriter(dance_video(folder, index), **size, rate=FPS, crf=18) as writer:
+            for frame in scene.frames(clip.num_frames, rate_fps=FPS):
+                writer.write(frame.rgb[None])
 
 
 def build_networks(folder: Path, detector_gflop: float, pose_gflop: float) -> None:
@@ -433,8 +458,9 @@ def run_rtmlib(video: Path, output: Path, networks: Networks, threads: int) -> d
         av.open(output / "face.mp4", "w") as face_file,
     ):
         streams = []
+        quality = {"crf": str(CRF), "preset": PRESET}
         for file, size in ((pose_file, CANVAS), (face_file, (FACE_SIZE, FACE_SIZE))):
-            stream = file.add_stream("libx264", rate=Fraction(FPS), options={"crf": str(CRF)})
+            stream = file.add_stream("libx264", rate=Fraction(FPS), options=quality)
             stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
             streams.append((file, stream))
         capture = cv2.VideoCapture(str(video))
@@ -513,6 +539,17 @@ def apart_shares(first: Path, second: Path) -> list[float]:
     return [float(value) for value in np.percentile(shares[seen], [50, 95])]
 
 
+def compare_dance(folder: Path, dance: int, networks: Networks) -> dict[str, float]:
+    """One dance's keypoints against rtmlib's, and with rarer looks of the detector."""
+    made = [folder / f"dance{dance}-{step}" for step in (1, DETECT_EVERY)]
+    median, percentile = apart_shares(*made)
+    return {
+        "from_rtmlib_px": farthest_from_rtmlib_px(dance_video(folder, dance), made[0], networks),
+        "drift_share": median,
+        "drift_share_95": percentile,
+    }
+
+
 def farthest_from_rtmlib_px(video: Path, folder: Path, networks: Networks) -> float:
     """How far keypoints are from those that rtmlib's classes find in the same frames.
 
@@ -535,6 +572,8 @@ def farthest_from_rtmlib_px(video: Path, folder: Path, networks: Networks) -> fl
     with VideoReader(video) as reader:
         for index, (keypoints, box) in enumerate(zip(found, boxes, strict=True)):
             frame_u8 = reader.read([index])[0]
+            if np.isnan(box).any():  # nobody, where rtmlib would take the whole frame
+                continue
             theirs = np.asarray(detector(frame_u8[..., ::-1]), np.float64).reshape(-1, 4)
             # Ours end at the frame's edge.
             height, width = frame_u8.shape[:2]
@@ -733,12 +772,10 @@ def check_memory(
     clip: Clip, folder: Path, options: argparse.Namespace
 ) -> tuple[list[Measurement], list[tuple[str, float, float]]]:
     """Both lengths with small networks; the second list is of targets."""
-    networks = sized_networks(folder / "tiny", TINY_GFLOP, TINY_GFLOP)
-    lengths = [Clip(height=clip.height, width=clip.width, seconds=clip.seconds), clip]
-    made = []
+    lengths, made = [clip.once, clip], []
+    networks = prepared(folder / "memory", lengths, (TINY_GFLOP, TINY_GFLOP))
     for length in lengths:
-        in_new_process(render_clip, length.path(folder), length)
-        made.append(measure("everanimate", length, folder, networks, options.threads))
+        made.append(measure("everanimate", length, folder / "memory", networks, options.threads))
         sys.stderr.write(f"memory, {length.name}: {made[-1].peak_mib:.0f} MiB\n")
     ratio = made[1].peak_mib / made[0].peak_mib
     what = f"peak memory, {lengths[1].name} over {lengths[0].name}"
@@ -750,27 +787,22 @@ def check_accuracy(
 ) -> tuple[list[dict[str, Any]], list[tuple[str, float, float]]]:
     """Dances with the embedded models; the second list is of targets."""
     networks, dances = toy_networks(), []
+    in_new_process(render_dances, folder, clip, num_dances)
     for dance in range(num_dances):
-        video = folder / f"dance{dance}.mp4"
-        in_new_process(render_dance, video, clip, dance)
-        facts, made = [], []
+        facts = []
         for step in (1, DETECT_EVERY):
-            made.append(folder / f"dance{dance}-{step}")
-            words = everanimate_words(video, made[-1], networks, 1, "--detect-every", str(step))
+            words = everanimate_words(
+                dance_video(folder, dance), folder / f"dance{dance}-{step}", networks, 1
+            )
+            words += ["--detect-every", str(step)]
             done = subprocess.run(words, stdout=subprocess.PIPE, check=True)
             facts.append(json.loads(done.stdout))
-        every_frame, every_eighth = made
-        median, percentile = in_new_process(apart_shares, every_frame, every_eighth)
         dances.append(
             {
                 "frames": facts[0]["frames"],
                 "frames_without_person": [fact["frames_without_person"] for fact in facts],
                 "detector_calls": [fact["detector_calls"] for fact in facts],
-                "from_rtmlib_px": in_new_process(
-                    farthest_from_rtmlib_px, video, every_frame, networks
-                ),
-                "drift_share": median,
-                "drift_share_95": percentile,
+                **in_new_process(compare_dance, folder, dance, networks),
             }
         )
         sys.stderr.write(f"accuracy, dance {dance}: {dances[-1]}\n")
@@ -785,22 +817,17 @@ def check_accuracy(
     ]
 
 
-def render_dance(path: Path, clip: Clip, index: int) -> None:
-    """Write one of the dances of the accuracy part; the camera moves in every second one."""
-    from everanimate_cli.toyworld import Dance, ToyScene  # noqa: PLC0415  # see the comment above
-    from everanimate_cli.video import VideoWriter  # noqa: PLC0415
-
-    seed, size = SEED + 1 + index, {"height": clip.height, "width": clip.width}
-    scene = ToyScene(seed, Dance(seed), **size, camera="moving" if index % 2 else "still")
-    with VideoWriter(path, **size, rate=FPS, crf=18) as writer:
-        for frame in scene.frames(clip.num_frames, rate_fps=FPS):
-            writer.write(frame.rgb[None])
+def dance_video(folder: Path, index: int) -> Path:
+    """Where a dance of the accuracy part lies."""
+    return folder / f"dance{index}.mp4"
 
 
-def sized_networks(folder: Path, detector_gflop: float, pose_gflop: float) -> Networks:
-    """Files of `build_networks`, made now."""
-    folder.mkdir(exist_ok=True)
-    in_new_process(build_networks, folder, detector_gflop, pose_gflop)
+def prepared(folder: Path, clips: Sequence[Clip], gflop: tuple[float, float] | None) -> Networks:
+    """Make the inputs; the networks are the embedded ones if no size is given."""
+    folder.mkdir()
+    in_new_process(prepare, folder, clips, gflop)
+    if gflop is None:
+        return toy_networks()
     return Networks(detector=folder / "detector.onnx", pose=folder / "pose.onnx")
 
 
@@ -871,11 +898,13 @@ def lay_out_memory(made: Iterable[Measurement]) -> str:
 
 def lay_out_dances(dances: Iterable[dict[str, Any]]) -> str:
     """The figures of the accuracy part."""
-    head = ["dance", "frames", "detector calls", "from rtmlib px", "drift, median", "drift, 95 %"]
+    head = ["dance", "frames", "without person", "detector calls", "from rtmlib px"]
+    head += ["drift, median", "drift, 95 %"]
     lines = [
         [
             f"{index}",
             f"{dance['frames']}",
+            " / ".join(str(number) for number in dance["frames_without_person"]),
             " / ".join(str(number) for number in dance["detector_calls"]),
             f"{dance['from_rtmlib_px']:.5f}",
             f"{dance['drift_share']:.2%}",
@@ -952,23 +981,21 @@ def main() -> None:
         folder = Path(name)
         if "speed" in options.parts:
             clips = [Clip.parse(text) for text in options.clips]
-            for clip in clips:
-                for part in (clip.first_frame, clip):
-                    in_new_process(render_clip, part.path(folder), part)
-            networks = toy_networks()
-            if options.models == "sized":
-                sizes = options.detector_gflop, options.pose_gflop
-                networks = sized_networks(folder / "sized", *sizes)
-            rounds = measure_in_turn(clips, folder, networks, options)
+            parts = [part for clip in clips for part in (clip.first_frame, clip)]
+            gflop = (options.detector_gflop, options.pose_gflop)
+            networks = prepared(
+                folder / "speed", parts, gflop if options.models == "sized" else None
+            )
+            rounds = measure_in_turn(clips, folder / "speed", networks, options)
             rows = summarise(rounds)
             targets += check_speed(rows)
-            apart = [
-                in_new_process(
-                    apart_shares,
-                    *(result_folder(side, clip, folder) for side in ("everanimate", "rtmlib")),
-                )[0]
-                for clip in clips
-            ]
+            apart = []
+            for clip in clips:
+                ours, theirs = (
+                    result_folder(side, clip, folder / "speed")
+                    for side in ("everanimate", "rtmlib")
+                )
+                apart.append(in_new_process(apart_shares, ours, theirs)[0])
             figures |= {
                 "rows": [asdict(row) for row in rows],
                 "rounds": [[asdict(turn) for turn in one_round] for one_round in rounds],

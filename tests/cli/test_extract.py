@@ -11,10 +11,11 @@ from media import decode_video
 from PIL import Image
 from studio import Outcome
 
-from everanimate_cli import extract, skeleton
+from everanimate_cli import extract, pose_models, skeleton
 from everanimate_cli.cli import main
 from everanimate_cli.images import fit_points
 from everanimate_cli.pose_analysis import Source
+from everanimate_cli.smoothing import BoxFilter
 from everanimate_cli.toyworld import Dance, ToyScene
 from everanimate_cli.video import probe_video
 
@@ -239,3 +240,43 @@ def test_another_rate_keeps_the_speed(run) -> None:
     assert len(fast) == 60
     assert np.allclose(fast[0, :17, :2], fast[1, :17, :2], atol=4)  # one source frame, twice
     assert len(slow) == 25
+
+
+def test_the_face_is_cut_where_the_raw_keypoints_are(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in the released preprocessing; smoothing of the crops is an option of its own."""
+    boxes = {}
+    # A dance is too fast to be smoothed by a whole pixel.
+    monkeypatch.setattr(BoxFilter, "update_box", lambda _, box, __: (1, 2, box[2], box[3]))
+    for words in ((), ("--no-smooth",), ("--face-smooth",)):
+        folder = "_".join(words) or "default"
+        assert run("dance.mp4", *SMALL, *words, "-o", folder).code == 0
+        with np.load(f"{folder}/keypoints.npz") as arrays:
+            boxes[folder] = arrays["face_boxes"]
+            raw = arrays["raw_keypoints"].astype(float)
+    assert np.array_equal(boxes["default"], boxes["--no-smooth"])
+    assert boxes["--face-smooth"][:, :2].tolist() == [[1, 2]] * 30
+    expected = [skeleton.face_box(keypoints, 256, 256) for keypoints in raw]
+    assert np.abs(boxes["default"] - np.array(expected)).max() <= 1  # float32
+
+
+def test_the_template_is_the_first_frame_that_shows_as_much_as_any(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Legs that nobody sees must not decide with their noise."""
+    calibrate = pose_models.calibrate
+    num_calls = 0
+
+    def without_legs(keypoints: np.ndarray, thresholds: object) -> np.ndarray:
+        nonlocal num_calls
+        num_calls += 1
+        changed = calibrate(keypoints, thresholds)
+        changed[13:23, 2] = 1e-4 * num_calls
+        return changed
+
+    monkeypatch.setattr(pose_models, "calibrate", without_legs)
+    Image.fromarray(ToyScene(1_000_004, 3, height=128, width=128).reference()).save("anna.png")
+    outcome = run("dance.mp4", *SMALL, "--retarget", "anna.png")
+    assert outcome.code == 0
+    assert (
+        json.loads(Path("dance_pose/extract.json").read_text())["retarget"]["template_frame"] == 0
+    )

@@ -40,6 +40,7 @@ from everanimate_cli.pose_folder import Flag, Renderer, Summary
 from everanimate_cli.runs import ExtractFolder
 from everanimate_cli.settings import ExtractSettings
 from everanimate_cli.toyworld import GroupFrame, ToyScene
+from everanimate_cli.tracking import Tracks, choose_track, describe
 from everanimate_cli.video import probe_video
 
 Arrays = dict[str, npt.NDArray]
@@ -299,10 +300,10 @@ def test_retargeting_tells_which_frame_it_compares(run: Run, refused: Refused) -
     Image.fromarray(ToyScene(1_000_004, 3, height=128, width=128).reference()).save("anna.png")
     done = run("late.mp4", "--retarget", "anna.png")
     assert done.code == 0
-    assert told(done) == [
-        "--retarget compares frame 6 (0:00.5) with anna.png: the first one with a whole pose",
-        "6 of 16 frames without a person (0:00.0-0:00.5)",
-    ]
+    assert told(done)[0] == (
+        "--retarget compares frame 6 (0:00.5) with anna.png: the first one with a whole pose"
+    )
+    assert told(done)[-1] == "6 of 16 frames without a person (0:00.0-0:00.5)"
     assert record("late_pose")["retarget"]["template_frame"] == 6
     assert missing("late_pose") == "......pppppppppp"
     words = ("--overwrite", "--retarget", "anna.png", "--template-frame")
@@ -316,7 +317,7 @@ def test_retargeting_tells_which_frame_it_compares(run: Run, refused: Refused) -
     assert told(run("late.mp4", *words, "9"))[-1].startswith("6 of 16 frames")
     assert record("late_pose")["retarget"]["template_frame"] == 9
     # Frame 0 is what everybody expects.
-    assert told(run("one.mp4", *words[:-1])) == []
+    assert "compares frame" not in run("one.mp4", *words[:-1]).err
     assert record("one_pose")["retarget"]["template_frame"] == 0
 
 
@@ -423,6 +424,18 @@ def test_a_person_who_leaves_and_comes_back_is_the_same(
     assert not is_seen[gone].any()
     assert is_seen[here].mean() > 0.9
     assert is_seen[-8:].all()
+
+
+def test_a_doubtful_box_long_before_the_person() -> None:
+    """The choice was then made among nobody, and crashed."""
+    tracks = Tracks(100, 100)
+    boxes = np.array([[10.0, 10.0, 60.0, 90.0]])
+    looks = describe(np.zeros((100, 100, 3), np.uint8), boxes)
+    assert tracks.update(0.0, boxes, np.array([0.1]), looks) == [-1]
+    assert tracks.update(5.0, boxes, np.array([0.9]), looks) == [0]
+    chosen = choose_track(tracks)
+    assert chosen is not None
+    assert chosen.track_id == 0
 
 
 def test_only_reacquire_any_follows_somebody_else(run: Run) -> None:
@@ -631,8 +644,8 @@ def test_no_video(refused: Refused) -> None:
     write_cover_sound(Path("song.mp3"), tone_bursts(0.5, 44100))
     for name in ("sound.m4a", "song.mp3"):
         assert refused(name) == f"error: VIDEO {name} has no video stream. Give a video file."
-    whole = Path("one.mp4").read_bytes()
-    Path("half.mp4").write_bytes(whole[: len(whole) // 2])  # its index is at the end
+    whole = write_media(Path("index_last.mp4"), frames_of(".", "one"), options=SHARP)
+    cut_file(whole, Path("half.mp4"), whole.stat().st_size // 2)
     assert refused("half.mp4") == (
         "error: VIDEO half.mp4 cannot be read as a video: Invalid data found when processing "
         "input. Give a file that plays, such as MP4, MOV, MKV or WebM."
@@ -657,9 +670,9 @@ def test_a_video_damaged_in_the_middle(run: Run, refused: Refused, name: str) ->
     for kept in ("pose.mp4", "face.mp4", "keypoints.npz"):
         assert Path(f"{name}_pose", kept).read_bytes() == Path("whole_pose", kept).read_bytes()
     assert not Path(f"{name}_pose.run").exists()
-    done = run(f"{name}.mp4", "--end", "0.6", "-o", "before")
+    done = run(f"{name}.mp4", "--end", "0.4", "-o", "before")
     assert (done.code, told(done)) == (0, [])
-    assert len(arrays("before")["flags"]) == 7
+    assert len(arrays("before")["flags"]) == 5
     done = run(f"{name}.mp4", "--list-persons")
     assert done.code == 0
     assert told(done) == [f"{name}.mp4 is damaged at 0.800 s: only the part before"]
@@ -757,7 +770,7 @@ def test_the_native_drawing_is_drawn_and_then_fitted(run: Run) -> None:
     frames = frames_of("one_pose", "pose").astype(int)
     for frame, keypoints in zip(frames, arrays("one_pose")["keypoints"], strict=True):
         drawn = skeleton.letterbox_frame(skeleton.draw_pose(keypoints, 96, 128), (64, 96))
-        assert np.abs(frame - drawn).max() <= 4
+        assert (np.abs(frame - drawn) > 4).mean() < 1e-3  # float32 keypoints may cut another pixel
     assert run("one.mp4", "--overwrite", "--lossless", "--no-smooth").code == 0
     assert np.abs(frames_of("one_pose", "pose") - frames).max() > 100
 
@@ -770,7 +783,7 @@ def test_lossless_frames_are_the_drawing(run: Run) -> None:
     for index in range(12):
         moved = fit_points(values["keypoints"][index], (96, 128), (64, 96), "contain")
         difference = np.abs(poses[index].astype(int) - skeleton.draw_pose(moved, 64, 96))
-        assert (difference > 4).mean() < 1e-3  # float32 keypoints may cut another pixel
+        assert (difference > 4).mean() < 1e-3
         box = tuple(values["face_boxes"][index].tolist())
         face = skeleton.crop_face(source[index], box, 32)
         assert np.abs(faces[index].astype(int) - face).mean() < 3  # another conversion to RGB
@@ -860,13 +873,10 @@ def test_numbers_that_are_none_count_as_unseen(run: Run, spoil: Callable) -> Non
     assert moved_px.max() < 6  # the box of the next frame lacks those joints
     assert (bad["flags"] == 0).all()
     assert min(record("one_pose")["scores"]) > 0.5
-    for index in range(12):
-        hidden = good["keypoints"][index].copy()
-        hidden[[9, 14], 2] = 0
-        moved = fit_points(hidden, (96, 128), (64, 96), "contain")
-        drawn = skeleton.draw_pose(moved, 64, 96)
-        shown = frames_of("one_pose", "pose")[index].astype(int)
-        assert (np.abs(shown - drawn) > 60).mean() < 0.01
+    for frame, keypoints in zip(frames_of("one_pose", "pose"), bad["keypoints"], strict=True):
+        moved = fit_points(keypoints, (96, 128), (64, 96), "contain")
+        difference = np.abs(frame.astype(int) - skeleton.draw_pose(moved, 64, 96))
+        assert (difference > 4).mean() < 1e-3
 
 
 def test_a_pose_model_that_finds_nobody(refused: Refused, spoil: Callable) -> None:
@@ -921,6 +931,15 @@ def test_places_that_cannot_take_a_folder(
     assert refused("one.mp4", "-o", "blocked") == (
         "error: --output blocked needs a folder blocked.run beside it, but that is a file. "
         "Give another name."
+    )
+    assert refused("one.mp4", "-o", "dance.mp4") == (
+        "error: --output dance.mp4 is to be a folder. Give a name without .mp4."
+    )
+    Path("clips").mkdir()
+    Path("clips/pose.mp4").write_bytes(Path("one.mp4").read_bytes())
+    assert refused("clips/pose.mp4", "-o", "clips", "--overwrite") == (
+        "error: --output clips would replace clips/pose.mp4, which is also an input. "
+        "Give another folder."
     )
     Path("locked").mkdir()
 
@@ -996,6 +1015,30 @@ def test_an_interruption_anywhere_leaves_nothing_that_looks_whole(
     for file in ("pose.mp4", "face.mp4", "keypoints.npz", "reference.png"):
         assert Path("one_pose", file).read_bytes() == Path("whole", file).read_bytes()
     assert not Path("one_pose.run").exists()
+
+
+@pytest.mark.parametrize("stopped_at", [6, 10, 17, 24])
+def test_an_interruption_in_a_gap_changes_nothing(
+    run: Run, monkeypatch: pytest.MonkeyPatch, stopped_at: int
+) -> None:
+    """Segments end only where no frame waits, and all that later frames need is restored."""
+    monkeypatch.setattr(extract, "SEGMENT_FRAMES", 3)
+    words = ("--face-smooth", "--preview", "--detect-every", "4")
+    assert run("gaps.mp4", *words, "-o", "whole").code == 0
+    read = Source.read
+
+    def interrupt(source: Source, index: int) -> Frames:
+        if index == stopped_at and threading.current_thread() is not threading.main_thread():
+            raise KeyboardInterrupt
+        return read(source, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Source, "read", interrupt)
+        assert run("gaps.mp4", *words).code == 130
+    assert ExtractFolder(Path("gaps_pose.run")).count_finished() >= 1
+    assert run("gaps.mp4", *words).code == 0
+    for file in ("pose.mp4", "face.mp4", "preview.mp4", "keypoints.npz"):
+        assert Path("gaps_pose", file).read_bytes() == Path("whole", file).read_bytes()
 
 
 def test_a_full_disk_keeps_what_is_finished(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

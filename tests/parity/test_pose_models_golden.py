@@ -16,7 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from everanimate_cli import pose_models
-from everanimate_cli.downloads import Thresholds
+from everanimate_cli.model_table import Thresholds
 from everanimate_cli.pose_models import HeatmapEstimator, choose_crops, cut_patch
 
 POSE_DIR = Path(

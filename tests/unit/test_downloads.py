@@ -21,20 +21,17 @@ from typing import Any
 import pytest
 
 from everanimate_cli import downloads
-from everanimate_cli.downloads import (
+from everanimate_cli.downloads import Fetched, cache_folder, fetch, hash_file
+from everanimate_cli.errors import InputError, SettingsError, WeightsError
+from everanimate_cli.events import Event, Note
+from everanimate_cli.model_table import (
     DETECTORS,
     POSE_MODELS,
     DetectorModel,
-    Fetched,
     PoseModel,
-    cache_folder,
     check_models,
     describe_models,
-    fetch,
-    hash_file,
 )
-from everanimate_cli.errors import InputError, SettingsError, WeightsError
-from everanimate_cli.events import Event, Note
 
 # Long enough for ten reports; begins as every ONNX file does.
 CONTENT = b"\x08\x08" + bytes(range(251)) * 12_000  # 3.01 MB
@@ -399,8 +396,12 @@ def test_first_use_counts_without_a_published_checksum(server: ModelServer, fold
     )
     (folder / NAME).unlink()
     server.files[f"/{NAME}"] = OTHER
-    assert "127.0.0.1 sent another file" in refusal(folder, server.url(), sha256=None)
-    (folder / f"{NAME}.json").unlink()
+    note = folder / f"{NAME}.json"
+    assert (
+        f": 127.0.0.1 sent another file (sha256 {sha(OTHER)}, not {sha(CONTENT)}; delete {note} "
+        "to accept it). "
+    ) in refusal(folder, server.url(), sha256=None)
+    note.unlink()
     assert get(folder, server.url(), sha256=None).path.read_bytes() == OTHER
 
 

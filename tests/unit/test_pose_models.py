@@ -23,15 +23,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rtmlib import YOLOX, RTMPose
 
 from everanimate_cli import pose_models
-from everanimate_cli.downloads import (
-    DETECTORS,
-    POSE_MODELS,
-    DetectorModel,
-    ModelFile,
-    PoseModel,
-    Thresholds,
-    hash_file,
-)
+from everanimate_cli.downloads import hash_file
 from everanimate_cli.errors import (
     EverAnimateError,
     InputError,
@@ -40,6 +32,14 @@ from everanimate_cli.errors import (
     WeightsError,
 )
 from everanimate_cli.events import Event, Note
+from everanimate_cli.model_table import (
+    DETECTORS,
+    POSE_MODELS,
+    DetectorModel,
+    ModelFile,
+    PoseModel,
+    Thresholds,
+)
 from everanimate_cli.pose_models import Detections, PoseModels, calibrate, load_models
 
 FrameU8 = NDArray[np.uint8]

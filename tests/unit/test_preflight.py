@@ -411,7 +411,7 @@ def test_options_of_an_extraction_need_a_raw_video(options: dict[str, Any], text
         ),
         (
             {"pose_model": "mine.onnx"},
-            "--pose-model mine.onnx does not exist. Give a name or an .onnx file.",
+            "--pose-model mine.onnx does not exist. Give an .onnx file.",
         ),
     ],
 )

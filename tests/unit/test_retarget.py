@@ -259,7 +259,16 @@ class TestUnseenLimbs:
     def test_a_score_of_three_tenths_is_seen(self) -> None:
         plan = compared(person(), with_scores({LEFT_WRIST: 0.3}, moved({LEFT_WRIST: (0, 60)})))
         np.testing.assert_allclose(np.array(plan.ratios)[FOREARMS], 2.2, rtol=0, atol=1e-12)
-        assert plan.warnings == ()
+        assert plan.warnings == (
+            "The forearms would come out 2.2 times too long for the body: mostly they are bent or "
+            "turned in the template frame; another template frame may help.",
+        )
+
+    @pytest.mark.parametrize(("longer", "warns"), [(24, False), (26, True)])
+    def test_arms_that_are_half_as_long_again_are_told(self, longer: float, warns: bool) -> None:
+        """50 px and up to 25 more are taken for a body's own proportions."""
+        plan = compared(person(), moved({LEFT_WRIST: (0, longer)}))
+        assert any("too long for the body" in line for line in plan.warnings) is warns
 
     @pytest.mark.parametrize(("longer", "expected"), [(4, 1.08), (6, 1.0), (-30, 1.0)])
     def test_a_guess_that_confirms_the_other_side_counts(

@@ -644,6 +644,22 @@ def test_colours_are_really_converted_with_the_matrix_that_is_tagged(tmp_path: P
     np.testing.assert_allclose(read[8::16, 12::24], frame[8::16, 12::24], atol=3)
 
 
+def test_a_file_for_old_readers_has_the_matrix_that_they_take_for_granted(tmp_path: Path) -> None:
+    frame = corner_frame()
+    with VideoWriter(
+        tmp_path / "a.mp4", height=32, width=48, rate=25, crf=1, matrix="bt601"
+    ) as writer:
+        writer.write(frame[None])
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.video[0]
+        assert stream.codec_context.colorspace == Colorspace.ITU601
+        planes = yuv_planes(next(container.decode(stream)))
+    np.testing.assert_allclose([int(plane[1, 1]) for plane in planes], (81, 90, 240), atol=1)
+    with VideoReader(tmp_path / "a.mp4") as reader:
+        read = reader.read([0])[0]
+    np.testing.assert_allclose(read[8::16, 12::24], frame[8::16, 12::24], atol=3)
+
+
 def yuv_planes(frame: av.VideoFrame) -> list[np.ndarray]:
     height, width = frame.height, frame.width
     flat = frame.to_ndarray().reshape(-1)
