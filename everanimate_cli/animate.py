@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from everanimate_cli import weights
+from everanimate_cli import hub, weights
 from everanimate_cli.chunks import ChunkPlan, driving_indices
 from everanimate_cli.errors import InputError, MediaError, RunError, SettingsError
 from everanimate_cli.events import ChunkDone, ChunkStarted, Note, OnEvent, StepDone
@@ -140,11 +140,9 @@ def animate(settings: AnimateSettings, on_event: OnEvent) -> AnimateResult:
     started_s = time.monotonic()
     media = _check_media(settings)  # before the model, which may take hours to download
     download = not settings.dry_run
-    source = weights.locate_model(settings.model, on_event, download=download)
+    source = hub.locate_model(settings.model, on_event, download=download)
     resolved = resolve(settings, source.defaults)
-    loras = [
-        (spec, weights.locate_lora(spec, on_event, download=download)) for spec in resolved.lora
-    ]
+    loras = [(spec, hub.locate_lora(spec, on_event, download=download)) for spec in resolved.lora]
     device = weights.choose_device(resolved.device)
     dtype = weights.choose_dtype(resolved.dtype, device)
     weights.check_checkpoint(source, [path for _, path in loras])

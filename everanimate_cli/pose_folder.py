@@ -344,7 +344,7 @@ class Summary:
             "frames_filled": self._count(Flag.FILLED),
             "frames_without_face": self._count(Flag.NO_FACE),
             "gaps": [[round(value, 3) for value in gap] for gap in self.gaps(fps)],
-            "switches": len(np.unique(self.persons[self.persons >= 0])) - 1,
+            "switches": int((np.diff(self.persons[self.persons >= 0]) != 0).sum()),
         }
 
     def record(self, fps: float) -> dict[str, Any]:
@@ -366,7 +366,8 @@ class Summary:
             lines.append(f"{missing} of {total} frames without a person ({shown})")
         switches = self.facts(fps)["switches"]
         if switches > 0:
-            lines.append(f"{switches} times another person was followed, as --reacquire any allows")
+            times = "once" if switches == 1 else f"{switches} times"
+            lines.append(f"another person was followed {times}, as --reacquire any allows")
         faceless = self._count(Flag.NO_FACE) - missing
         if faceless > 0:
             lines.append(f"{faceless} of {total} frames with a person but no face in view")

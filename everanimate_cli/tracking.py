@@ -53,6 +53,7 @@ _NOT_UNLIKE: Final = 0.6
 # places behind one another get their own boxes back as soon as they can be told apart.
 _UNLIKE, _ALIKE = 0.55, 0.85
 _LOOK_WEIGHT: Final = 1.5
+_STAND_IN: Final = 0.01  # factor on the merits of somebody who came later
 _CLEAR: Final = 0.3  # a smaller lead over exchanged persons decides nothing
 _MARGIN: Final = 0.05  # smaller differences decide nothing
 _SAME_LOOK: Final = 0.9
@@ -127,11 +128,15 @@ def describe(frame_u8: FrameU8, boxes: Floats) -> Looks:
         boxes: [P, 4].
 
     Returns:
-        [P, D] float32 of length 1; the scalar product of two is near 1 for the same clothes.
+        [P, D] float32 of length 1; the scalar product of two is near 1 for the same clothes. Zeros
+        for a box that is not finite.
     """
     looks = np.empty((len(boxes), 2 * _LIGHTNESS_BINS * _COLOUR_BINS**2), np.float32)
     for index, (x0, y0, x1, y1) in enumerate(boxes.tolist()):
         parts = []
+        if not np.isfinite(boxes[index]).all():
+            looks[index] = 0.0
+            continue
         for top, bottom in ((0.15, 0.55), (0.55, 0.9)):
             region = (
                 x0 + 0.25 * (x1 - x0),
@@ -245,12 +250,10 @@ class Tracks:
         Returns:
             [P] track ids; -1 for a box that is nobody: not finite, tiny, a double, or too doubtful.
         """
+        # float64 is what a restored state holds.
+        boxes, scores = np.asarray(boxes, np.float64), np.asarray(scores, np.float64)
         order = _canonical_order(boxes, scores)
         ids = [-1] * len(boxes)
-        # Not with a box too doubtful to start anybody: nobody would be there to choose from.
-        known = (scores[index] >= self.min_score for index in order)
-        if self.opening_start_s is None and any(known):
-            self.opening_start_s = time_s
         if self.opening_start_s is not None:
             self.opening_done = time_s >= self.opening_start_s + OPENING_S
         if not order:
@@ -258,8 +261,9 @@ class Tracks:
         boxes, scores, looks = boxes[order], scores[order], looks[order]
         shared = _shared_parts(boxes, boxes)  # [P, P]
         np.fill_diagonal(shared, 0.0)
-        matches, disputed = self._match(time_s, boxes, looks)
-        pairs = list(zip(self.tracks, matches, strict=True))
+        known = [track for track in self.tracks if self._is_remembered(track, time_s)]
+        matches, disputed = self._match(known, time_s, boxes, looks)
+        pairs = list(zip(known, matches, strict=True))
         for track, index in pairs:
             if index < 0:
                 continue
@@ -271,10 +275,11 @@ class Tracks:
                 track.remember(looks[index])
         # Ids of one frame follow the size, so that 0 is the largest person at the start.
         areas = _areas(boxes)
-        doubles = _ious(boxes, boxes)[:, [index for index in matches if index >= 0]]
+        doubles = _ious(boxes, boxes) >= _DOUBLE
         for index in np.argsort(-areas, kind="stable").tolist():
-            known = index in disputed or (doubles[index].size and doubles[index].max() >= _DOUBLE)
-            if ids[order[index]] < 0 and scores[index] >= self.min_score and not known:
+            taken = [i for i, position in enumerate(order) if ids[position] >= 0]
+            doubtful = index in taken or index in disputed or doubles[index, taken].any()
+            if scores[index] >= self.min_score and not doubtful:
                 ids[order[index]] = self._start(time_s, boxes[index], looks[index])
         for index, position in enumerate(order):
             if ids[position] >= 0:
@@ -312,6 +317,9 @@ class Tracks:
     def _start(self, time_s: float, box: Floats, look: Looks) -> int:
         track_id = self.num_ids
         self.num_ids += 1
+        # Not with a box too doubtful to start anybody: nobody would be there to choose from.
+        if self.opening_start_s is None:
+            self.opening_start_s = time_s
         self.tracks.append(
             Track(track_id, time_s, box.copy(), time_s, box.copy(), look[None].copy())
         )
@@ -327,23 +335,30 @@ class Tracks:
                 elder.opening += other.opening
                 self.tracks.remove(other)
 
-    def _match(self, time_s: float, boxes: Floats, looks: Looks) -> tuple[list[int], set[int]]:
+    def _is_remembered(self, track: Track, time_s: float) -> bool:
+        elapsed_s = time_s - track.time_s
+        return -_EARLY_S <= elapsed_s <= FORGET_S or track.track_id == self.followed_id
+
+    def _match(
+        self, tracks: list[Track], time_s: float, boxes: Floats, looks: Looks
+    ) -> tuple[list[int], set[int]]:
         """[K] position of each track's detection or -1, and the positions that are in dispute."""
-        merits = np.zeros((len(self.tracks), len(boxes)))
+        merits = np.zeros((len(tracks), len(boxes)))
         likeness = np.zeros_like(merits)
-        for row, track in enumerate(self.tracks):
+        for row, track in enumerate(tracks):
             likeness[row] = (track.looks @ looks.T).max(axis=0)
-            merits[row] = self._merits(track, time_s, boxes, likeness[row])
+            merits[row] = _merits(track, time_s, boxes, likeness[row])
         # Somebody who came after another was lost may be that other, if the look says so.
-        present = np.zeros_like(merits)
-        for row, track in enumerate(self.tracks):
-            if track.placed and time_s - track.time_s <= CONTINUOUS_S:
-                present[row] = merits[row]
+        present, rivals = np.zeros_like(merits), merits > 0
+        for row, track in enumerate(tracks):
             if track.track_id != self.followed_id:
-                elder = [track.start_s > other.time_s for other in self.tracks]
-                claimed = ((merits[elder] > 0) & (likeness[elder] >= STRONG)).any(axis=0)
-                present[row, claimed] = 0.0
-        rivals, disputed = merits > 0, set[int]()
+                elder = [track.start_s > other.time_s for other in tracks]
+                claimed = (rivals[elder] & (likeness[elder] >= STRONG)).any(axis=0)
+                merits[row, claimed] *= _STAND_IN
+                rivals[row, claimed] = False
+            if track.placed and time_s - track.time_s <= CONTINUOUS_S:
+                present[row] = np.where(rivals[row], merits[row], 0.0)
+        disputed = set[int]()
         while True:
             # Nobody who comes back pushes somebody away who was there all the time.
             matches = _assign(present)
@@ -355,76 +370,17 @@ class Tracks:
             unclear = [
                 row
                 for row, index in enumerate(matches)
-                if index >= 0 and not self._is_clear(row, matches, merits, likeness, rivals, time_s)
+                if index >= 0
+                and not (
+                    _is_clear(row, matches, merits, likeness, rivals)
+                    if tracks[row].placed and time_s - tracks[row].time_s <= NEAR_S
+                    else _is_alone(row, matches, likeness)
+                )
             ]
             if not unclear:
                 return matches, disputed
             disputed |= {matches[row] for row in unclear}
             merits[unclear] = present[unclear] = 0.0
-
-    def _is_clear(
-        self,
-        row: int,
-        matches: list[int],
-        merits: Floats,
-        likeness: Floats,
-        rivals: NDArray[np.bool_],
-        time_s: float,
-    ) -> bool:
-        """Whether a match holds against the next best explanation."""
-        index, track = matches[row], self.tracks[row]
-        own = likeness[row, index]
-        if not track.placed or time_s - track.time_s > NEAR_S:
-            # Brought back by the look alone: somebody dressed alike must not stand beside.
-            free = [i for i in range(likeness.shape[1]) if i not in matches]
-            return not free or bool(likeness[row, free].max() <= own - _MARGIN)
-        for rival, theirs in enumerate(matches):
-            if rival == row or not rivals[rival, index]:
-                continue
-            if theirs < 0:
-                # One box where two people were: whom it shows is for the look to say.
-                if likeness[rival, index] > own - _MARGIN and own < SIMILAR:
-                    return False
-                if likeness[rival, index] > own + _MARGIN:
-                    return False
-            elif merits[row, theirs] > 0:
-                # Two boxes for two people: what if they were exchanged?
-                lead = merits[row, index] + merits[rival, theirs]
-                lead -= merits[row, theirs] + merits[rival, index]
-                if lead < _CLEAR and own < STRONG:
-                    return False
-        return True
-
-    def _merits(self, track: Track, time_s: float, boxes: Floats, likeness: Floats) -> Floats:
-        """[P] how well detections continue a track; 0 where they cannot."""
-        elapsed_s = time_s - track.time_s
-        forgotten = elapsed_s > FORGET_S and track.track_id != self.followed_id
-        if elapsed_s < -_EARLY_S or forgotten:
-            return np.zeros(len(boxes))
-        overlap = _ious(track.predict(time_s)[None], boxes)[0]
-        look = _LOOK_WEIGHT * np.clip((likeness - _UNLIKE) / (_ALIKE - _UNLIKE), 0, 1)
-        if not track.placed:
-            stayed = (elapsed_s <= FRESH_S) & (overlap >= _SAME_PLACE) & (likeness >= SIMILAR)
-            return np.where(stayed | (likeness >= STRONG), look + overlap * stayed, 0.0)
-        if elapsed_s > NEAR_S:
-            return np.where(likeness >= STRONG, look, 0.0)
-        long_side = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
-        own_side = float((track.box[2:] - track.box[:2]).max())
-        distance = np.minimum(
-            np.linalg.norm(_centres(boxes) - _centres(track.box), axis=1),
-            np.linalg.norm(_centres(boxes) - _centres(track.predict(time_s)), axis=1),
-        )
-        near = (
-            (distance <= (0.5 + 0.5 * elapsed_s) * own_side)
-            & (long_side <= 2 * own_side)
-            & (own_side <= 2 * long_side)
-        )
-        possible = near & (likeness >= SIMILAR)
-        if 0 <= elapsed_s <= FRESH_S:
-            possible |= (overlap >= _TOUCHING) & (likeness >= _NOT_UNLIKE)
-        if 0 <= elapsed_s <= CONTINUOUS_S:  # whatever the light does
-            possible |= overlap >= _SAME_PLACE
-        return np.where(possible, look + overlap, 0.0)
 
 
 def choose_track(
@@ -500,7 +456,7 @@ class Tracker:
         followed_id: Track id of the person who is followed now.
         lost: Whether that person is out of sight.
         num_frames: Frames started.
-        num_detections: Frames for which the detector was asked.
+        num_detections: Frames at which the detector looked.
         num_cuts: Scene cuts. Nothing may be smoothed or interpolated across one.
         switches: Each with `frame_index`, `time_s`, `from_id`, `to_id`.
         lost_spans: [first, end) frame indices without the person; None ends one that goes on.
@@ -549,7 +505,8 @@ class Tracker:
             frame_u8: [H, W, 3] uint8 RGB.
 
         Returns:
-            Whether the detector has to look; then `update_detections` must follow.
+            Whether the detector has to look; then `update_detections` must follow. It may follow
+            in other frames as well.
         """
         grey = cv2.resize(
             cv2.cvtColor(_thinned(frame_u8, None), cv2.COLOR_RGB2GRAY),
@@ -563,7 +520,7 @@ class Tracker:
             for track in self.tracks.tracks:
                 track.placed = False
         self._grey, self._cut_here = np.asarray(grey, np.uint8), cut
-        self._frame_index, self._time_s, self._sighted = frame_index, time_s, False
+        self._frame_index, self._time_s, self._sighted = int(frame_index), float(time_s), False
         self.num_frames += 1
         since_s = time_s - self._followed.time_s
         if self._detected_at is None:
@@ -574,7 +531,6 @@ class Tracker:
             or frame_index - self._detected_at >= self.detect_every
             or (0 <= since_s <= NEAR_S if self.lost else self._doubtful or self._is_crossing())
         )
-        self.num_detections += wanted
         return wanted
 
     def update_detections(self, boxes: Floats, scores: Floats, frame_u8: FrameU8) -> Floats | None:
@@ -588,9 +544,8 @@ class Tracker:
         Returns:
             [4] the person's box as detected; None if the person is not among them.
         """
-        boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-        scores = np.asarray(scores, np.float64)
         ids = self.tracks.update(self._time_s, boxes, scores, describe(frame_u8, boxes))
+        self.num_detections += 1
         self._detected_at, self._doubtful = self._frame_index, False
         self._forget_strangers()
         if self.followed_id not in ids:
@@ -643,8 +598,8 @@ class Tracker:
         Raises:
             ValueError: If there is no box to judge by, because the person is lost.
         """
-        box = self.box_for_pose() if box is None else box
-        time_s = self._time_s if time_s is None else time_s
+        box = self.box_for_pose() if box is None else np.asarray(box, np.float64)
+        time_s = self._time_s if time_s is None else float(time_s)
         if box is None:
             raise ValueError("no pose can belong to a person who is lost")
         rows = np.where(np.isfinite(keypoints).all(axis=1, keepdims=True), keypoints, 0.0)
@@ -809,6 +764,73 @@ class Tracker:
 
 
 _ARRAYS: Final = ("tracks", "_grey", "_points")
+
+
+def _merits(track: Track, time_s: float, boxes: Floats, likeness: Floats) -> Floats:
+    """[P] how well detections continue a track; 0 where they cannot."""
+    elapsed_s = time_s - track.time_s
+    overlap = _ious(track.predict(time_s)[None], boxes)[0]
+    look = _LOOK_WEIGHT * np.clip((likeness - _UNLIKE) / (_ALIKE - _UNLIKE), 0, 1)
+    if elapsed_s < -_EARLY_S:
+        return np.zeros(len(boxes))
+    if not track.placed:
+        stayed = (elapsed_s <= FRESH_S) & (overlap >= _SAME_PLACE) & (likeness >= SIMILAR)
+        return np.where(stayed | (likeness >= STRONG), look + overlap * stayed, 0.0)
+    if elapsed_s > NEAR_S:
+        return np.where(likeness >= STRONG, look, 0.0)
+    long_side = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+    own_side = float((track.box[2:] - track.box[:2]).max())
+    distance = np.minimum(
+        np.linalg.norm(_centres(boxes) - _centres(track.box), axis=1),
+        np.linalg.norm(_centres(boxes) - _centres(track.predict(time_s)), axis=1),
+    )
+    near = (
+        (distance <= (0.5 + 0.5 * elapsed_s) * own_side)
+        & (long_side <= 2 * own_side)
+        & (own_side <= 2 * long_side)
+    )
+    possible = near & (likeness >= SIMILAR)
+    if 0 <= elapsed_s <= FRESH_S:
+        possible |= (overlap >= _TOUCHING) & (likeness >= _NOT_UNLIKE)
+    if 0 <= elapsed_s <= CONTINUOUS_S:  # whatever the light does
+        possible |= overlap >= _SAME_PLACE
+    return np.where(possible, look + overlap, 0.0)
+
+
+def _is_clear(
+    row: int, matches: list[int], merits: Floats, likeness: Floats, rivals: NDArray[np.bool_]
+) -> bool:
+    """Whether the match of a row holds against the next best explanation.
+
+    Args:
+        row: Of the track.
+        matches: [K] column of each row, or -1.
+        merits: [K, P].
+        likeness: [K, P].
+        rivals: [K, P] which tracks could have had which detection.
+    """
+    index, own = matches[row], likeness[row, matches[row]]
+    for rival, theirs in enumerate(matches):
+        if rival == row or not rivals[rival, index]:
+            continue
+        if theirs < 0:
+            # One box where two people were: whom it shows is for the look to say.
+            lead = own - likeness[rival, index]
+            if lead < -_MARGIN or (lead < _MARGIN and own < SIMILAR):
+                return False
+        elif merits[row, theirs] > 0:
+            # Two boxes for two people: what if they were exchanged?
+            lead = merits[row, index] + merits[rival, theirs]
+            lead -= merits[row, theirs] + merits[rival, index]
+            if lead < _CLEAR and own < STRONG:
+                return False
+    return True
+
+
+def _is_alone(row: int, matches: list[int], likeness: Floats) -> bool:
+    """Whether nobody dressed alike stands beside somebody brought back by the look alone."""
+    free = [index for index in range(likeness.shape[1]) if index not in matches]
+    return bool((likeness[row, free] <= likeness[row, matches[row]] - _MARGIN).all())
 
 
 def _canonical_order(boxes: Floats, scores: Floats) -> list[int]:

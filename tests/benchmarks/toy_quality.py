@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from everanimate_cli import weights
+from everanimate_cli import hub, weights
 from everanimate_cli.demo import lay_out_sheet
 from everanimate_cli.images import write_png
 from everanimate_cli.memory import chunk_noise, draw_anchor_indices, from_uint8, to_uint8
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--sheet", type=Path, help="PNG with all characters, truth over result")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    source = weights.locate_model(options.model, lambda _event: None)
+    source = hub.locate_model(options.model, lambda _event: None)
     pipeline = weights.load_pipeline(source, [], torch.device("cpu"), torch.float32)
     rows, sheet = [], []
     for index in range(options.characters):

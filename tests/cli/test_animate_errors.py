@@ -36,7 +36,7 @@ from studio import (
 )
 from tiny import INNER_DIM
 
-from everanimate_cli import weights
+from everanimate_cli import hub
 from everanimate_cli.cli import main
 from everanimate_cli.settings import HUB_MODEL
 
@@ -173,7 +173,7 @@ def test_a_bad_input_is_told_before_a_model_is_downloaded(
     def download(*_: object, **__: object) -> None:
         raise AssertionError("82 GB for nothing")
 
-    monkeypatch.setattr(weights, "locate_model", download)
+    monkeypatch.setattr(hub, "locate_model", download)
     Path("text.png").write_text("no picture")
     assert refused(inputs=("text.png", "dance")).startswith("error: REF text.png is not a picture")
     assert refused("--view", "text.png").startswith("error: --view text.png is not a picture")

@@ -8,7 +8,7 @@ import pytest
 from media import decode_video, sound_length
 from PIL import Image
 
-from everanimate_cli import demo, weights
+from everanimate_cli import demo, hub
 from everanimate_cli.cli import main
 
 MADE = [
@@ -28,7 +28,7 @@ MADE = [
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for module in (demo, weights):
+    for module in (demo, hub):
         monkeypatch.setattr(module, "TOY_FOLDER", tiny_model)
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -267,6 +267,19 @@ def test_many_gaps_take_one_line() -> None:
     ]
 
 
+def test_a_way_there_and_back_is_two_switches() -> None:
+    summary = Summary(
+        persons=np.array([0, -1, 0, 1, 1, -1, 0], np.int32),
+        scores=np.zeros(7),
+        flags=np.array([0, Flag.NO_PERSON, 0, 0, 0, Flag.NO_PERSON, 0], np.uint8),
+        small_faces=0,
+    )
+    assert summary.facts(fps=10.0)["switches"] == 2
+    assert summary.notes(fps=10.0)[1] == (
+        "another person was followed 2 times, as --reacquire any allows"
+    )
+
+
 def test_no_memory_is_filled_by_a_gap_without_end(
     refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -450,7 +463,7 @@ def test_only_reacquire_any_follows_somebody_else(run: Run) -> None:
     assert (centres_x[-8:] > 80).all()  # the other one stands at about 35
     done = run("later.mp4", "--select", "centre", "--reacquire", "any", "--overwrite", "--json")
     assert json.loads(done.out)["switches"] == 1
-    assert told(done)[-1] == "1 times another person was followed, as --reacquire any allows"
+    assert told(done)[-1] == "another person was followed once, as --reacquire any allows"
     values = arrays("later_pose")
     assert set(values["persons"].tolist()) == {first, -1, 1 - first}
     centres_x = (values["boxes"][:, 0] + values["boxes"][:, 2]) / 2
