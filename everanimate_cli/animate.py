@@ -19,10 +19,12 @@ import torch
 
 from everanimate_cli import hub, weights
 from everanimate_cli.chunks import ChunkPlan, driving_indices
+from everanimate_cli.encode import VideoWriter
 from everanimate_cli.errors import InputError, MediaError, RunError, SettingsError
 from everanimate_cli.events import ChunkDone, ChunkStarted, Note, OnEvent, StepDone
 from everanimate_cli.extract import extract, make_request, reusable
 from everanimate_cli.images import atomic_path, fit_frame, fit_size, read_image, write_png
+from everanimate_cli.joining import AudioOutcome, AudioSource, join_videos
 from everanimate_cli.memory import chunk_noise, count_drawn_frames, draw_anchor_indices
 from everanimate_cli.preflight import default_pose_folder, settings_path, unfit_size
 from everanimate_cli.resume import load_chunk, save_chunk
@@ -36,14 +38,7 @@ from everanimate_cli.settings import (
     resolve,
     run_folder,
 )
-from everanimate_cli.video import (
-    AudioOutcome,
-    AudioSource,
-    VideoReader,
-    VideoWriter,
-    as_rate,
-    join_videos,
-)
+from everanimate_cli.video import VideoReader, as_rate
 from everanimate_cli.workspace import open_work, publish
 
 if TYPE_CHECKING:

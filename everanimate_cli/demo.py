@@ -13,9 +13,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from everanimate_cli.animate import animate
+from everanimate_cli.encode import VideoWriter
 from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.hub import TOY_FOLDER
 from everanimate_cli.images import atomic_path, write_png
+from everanimate_cli.joining import AudioSource, join_videos
 from everanimate_cli.preflight import demo_options, demo_record_path, read_demo_options
 from everanimate_cli.settings import (
     TOY_MODEL,
@@ -24,7 +26,7 @@ from everanimate_cli.settings import (
     read_model_defaults,
 )
 from everanimate_cli.toyworld import Dance, ToyScene
-from everanimate_cli.video import AudioSource, VideoReader, VideoWriter, join_videos
+from everanimate_cli.video import VideoReader
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

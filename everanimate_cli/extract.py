@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everanimate_cli import pose_models, skeleton
+from everanimate_cli.encode import VideoWriter
 from everanimate_cli.errors import InputError, MediaError, RunError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
 from everanimate_cli.images import atomic_path, fit_frame, fit_size, read_image, write_png
@@ -53,7 +54,6 @@ from everanimate_cli.settings import (
     run_folder,
 )
 from everanimate_cli.tracking import Tracks
-from everanimate_cli.video import VideoWriter
 from everanimate_cli.workspace import list_differences, open_work
 
 if TYPE_CHECKING:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from everanimate_cli import pose_models, retarget, skeleton
+from everanimate_cli.containers import DamagedError
 from everanimate_cli.errors import InputError, MediaError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
 from everanimate_cli.pose_folder import Flag, Seen, clock
 from everanimate_cli.smoothing import BoxFilter, KeypointFilter, fill_gap
 from everanimate_cli.tracking import Tracker, Tracks, choose_box, choose_track, describe
-from everanimate_cli.video import DamagedError, VideoReader, as_rate
+from everanimate_cli.video import VideoReader, as_rate
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

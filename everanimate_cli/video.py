@@ -1,4 +1,4 @@
-"""Read a video by time, write one, and join chunk files under the driving video's sound.
+"""Read a video by time.
 
 Frames are RGB uint8 `[S, H, W, 3]`, upright and with square pixels. Memory does not grow with the
 length of a video: of the whole file only the time stamps are kept.
@@ -7,44 +7,39 @@ length of a video: of the whole file only the time stamps are kept.
 # PyAV's `Packet` takes a type argument in its stubs only, so annotations must not be evaluated.
 from __future__ import annotations
 
-import heapq
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Self
 
 import av
 import av.error
 import numpy as np
 import numpy.typing as npt
-from av.audio.frame import AudioFrame
-from av.audio.resampler import AudioResampler
-from av.audio.stream import AudioStream
-from av.container import InputContainer, OutputContainer
+from av.container import InputContainer
 from av.packet import Packet
-from av.stream import Disposition, Stream
 from av.video.frame import VideoFrame
 from av.video.reformatter import (
-    ColorPrimaries,
-    ColorRange,
-    Colorspace,
-    ColorTrc,
     VideoReformatter,
 )
 from av.video.stream import VideoStream
 
+from everanimate_cli.containers import (
+    DamagedError,
+    TornError,
+    audio_stream,
+    intact_packets,
+    open_container,
+    video_stream,
+)
 from everanimate_cli.errors import MediaError, SettingsError
-from everanimate_cli.images import Frames, atomic_path, check_media_file
-from everanimate_cli.settings import MAX_CRF, Codec
+from everanimate_cli.images import Frames, check_media_file
 
 Ticks = npt.NDArray[np.int64]
-AudioOutcome = Literal["copied", "re-encoded", "absent"]
-Matrix = Literal["bt601", "bt709"]
 
 # Rates are fractions that fit MP4's 32-bit time scale: 30000/1001 stays exact.
 _MIN_RATE = Fraction(1, 1000)
@@ -63,34 +58,6 @@ _NUM_SEEKS = 4
 
 # A file has a constant rate if no frame is this far from its place [frames].
 _HALF_A_FRAME = 0.5
-
-# By how many frames x264 and x265 may run ahead of the display: B-frames with one level between.
-_REORDER_DELAY = 2
-
-# x265 4.2 reads and writes past its buffers in pictures up to 64 pixels wide: the program crashes,
-# or the bytes differ from run to run.
-_MIN_H265_SIDE = 128
-
-# Matrix, primaries and transfer curve of a file.
-_TAGS = {
-    "bt601": (Colorspace.ITU601, ColorPrimaries.SMPTE170M, ColorTrc.SMPTE170M),
-    "bt709": (Colorspace.ITU709, ColorPrimaries.BT709, ColorTrc.BT709),
-}
-
-# What `VideoWriter` writes.
-_JOINED_VIDEO_CODECS = {"h264", "hevc"}
-
-# Sound that MP4 has a registered sample entry for, so that players know it. FFmpeg would put
-# Vorbis and plain PCM into MP4 as well, but few other programs play that.
-_COPIED_AUDIO_CODECS = {"aac", "mp3", "ac3", "eac3", "alac", "opus", "flac"}
-
-# Rates of AAC that every player knows; other sound is brought to 48 kHz.
-_AAC_RATES = {8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000}
-_AAC_BITS_PER_CHANNEL = 96_000
-
-# Time stamps of sound may be this far from where the samples so far end, because containers round
-# them to milliseconds. Beyond it there is a gap that has to stay one.
-_AUDIO_JITTER_S = Fraction(1, 50)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,20 +85,6 @@ class VideoInfo:
     rotation: int
     has_audio: bool
     codec: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class AudioSource:
-    """Sound to put under a joined video.
-
-    Attributes:
-        path: Video or sound file.
-        start_s: Where the sound begins [s], counted from the first frame of the file's video, or
-            from the first sound if it has no video.
-    """
-
-    path: Path
-    start_s: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,6 +179,15 @@ def probe_video(path: Path) -> VideoInfo:
     if examined.damaged_s is not None:
         raise DamagedError(path, examined.damaged_s)
     return examined.info
+
+
+def first_frame_s(path: Path) -> Fraction:
+    """Time stamp of a video's first frame [s], however torn the rest of the file is.
+
+    Raises:
+        MediaError: If the file cannot be read as a video.
+    """
+    return _examine(path).start_s
 
 
 class VideoReader:
@@ -354,236 +316,6 @@ class VideoReader:
         return frame_u8 if self._transform is None else self._transform(frame_u8)
 
 
-class VideoWriter:
-    """Encode frames to an MP4 file that appears under its name only when it is whole.
-
-    Colours are converted to limited range and tagged so. The same frames
-    and settings give the same bytes: the number of threads is fixed and no date is stored. Groups
-    of pictures are closed, so that `join_videos` can put files end to end.
-    """
-
-    def __init__(  # noqa: PLR0913 - an encoder's settings, all by keyword
-        self,
-        path: Path,
-        *,
-        width: int,
-        height: int,
-        rate: Fraction | float,
-        codec: Codec = "h264",
-        crf: int = 18,
-        preset: str = "medium",
-        threads: int = 1,
-        lossless: bool = False,
-        matrix: Matrix = "bt709",
-    ) -> None:
-        """Check the settings; the file is opened by `with`.
-
-        Args:
-            path: File to make or replace; its folder must exist.
-            width: Width of all frames, even.
-            height: Height of all frames, even.
-            rate: Frames per second.
-            codec: Video format.
-            crf: Quality from 0 (best) to 51, on the encoder's own scale.
-            preset: The encoder's trade of speed for size, "ultrafast" to "placebo".
-            threads: Encoder threads; another number may give other bytes.
-            lossless: Full colour resolution without quantisation, whatever `crf` says. Only the
-                rounding to YUV remains, at most 2 of 255; few players show such a file.
-            matrix: Between RGB and YUV. Readers that ignore the tag, such as OpenCV before 5, take
-                "bt601" for granted.
-
-        Raises:
-            SettingsError: If a value is out of range.
-        """
-        if min(width, height) < 1 or width % 2 or height % 2:
-            raise SettingsError(
-                f"video size {width}x{height} cannot be encoded. Use an even width and height."
-            )
-        if codec == "h265" and min(width, height) < _MIN_H265_SIDE:
-            raise SettingsError(
-                f"video size {width}x{height} is too small for h265. "
-                f"Use at least {_MIN_H265_SIDE}x{_MIN_H265_SIDE}, or h264."
-            )
-        if not 0 <= crf <= MAX_CRF:
-            raise SettingsError(f"crf {crf} is out of range. Use 0 (best) to {MAX_CRF}.")
-        if threads < 1:
-            raise SettingsError(f"threads {threads} is out of range. Use at least 1.")
-        self._path = path
-        self._size = (height, width)
-        self._rate = as_rate(rate)
-        self._pixel_format = "yuv444p" if lossless else "yuv420p"
-        self._codec = codec
-        self._matrix: Matrix = matrix
-        self._options = {"preset": preset, "crf": "0" if lossless else str(crf)}
-        if codec == "h264":
-            # x264's macroblock tree (core 165, AVX-512) reads memory that nobody has written in
-            # pictures of most widths, so that the bytes would differ from run to run.
-            self._options |= {"threads": str(threads), "x264-params": "open-gop=0:mbtree=0"}
-        else:
-            # x265 prints by itself unless told not to, and opens its groups unless told not to.
-            self._options["x265-params"] = (
-                f"open-gop=0:frame-threads=1:pools={threads}:info=0:log-level=none"
-                f":lossless={int(lossless)}"
-            )
-        self._num_frames = 0
-        self._num_packets = 0
-        self._reformatter = VideoReformatter()
-        self._stack = ExitStack()
-        self._container: OutputContainer | None = None
-        self._stream: VideoStream | None = None
-
-    def __enter__(self) -> Self:
-        """Open the encoder.
-
-        Raises:
-            SettingsError: If the encoder does not know the preset.
-            OSError: If the folder cannot be written.
-        """
-        with ExitStack() as stack:
-            temporary = stack.enter_context(atomic_path(self._path))
-            self._container = stack.enter_context(_output(temporary))
-            self._stream = stream = self._container.add_stream(
-                "libx264" if self._codec == "h264" else "libx265",
-                rate=self._rate,
-                options=self._options,
-                height=self._size[0],
-                width=self._size[1],
-                time_base=1 / self._rate,
-            )
-            context = stream.codec_context
-            context.pix_fmt = self._pixel_format
-            context.colorspace, context.color_primaries, context.color_trc = _TAGS[self._matrix]
-            context.color_range = ColorRange.MPEG
-            _tag_for_players(stream)
-            try:
-                context.open()
-            except av.error.FFmpegError as error:
-                raise SettingsError(
-                    f"preset {self._options['preset']!r} or size {self._size[1]}x{self._size[0]} "
-                    f"was refused by the {self._codec} encoder."
-                ) from error
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Give the file its name, or remove it after an exception."""
-        if exc is not None:
-            self._stack.__exit__(exc_type, exc, traceback)
-            return
-        with self._stack:
-            if not self._num_frames:
-                raise ValueError(f"no frame was written to {self._path}")
-            self._encode(None)
-
-    def write(self, frames_u8: Frames) -> None:
-        """Append frames.
-
-        Args:
-            frames_u8: [S, H, W, 3] uint8 RGB.
-
-        Raises:
-            ValueError: If shape or dtype differ.
-            OSError: If the disk is full.
-        """
-        expected = (*self._size, 3)
-        if frames_u8.dtype != np.uint8 or frames_u8.shape[1:] != expected:
-            raise ValueError(f"frames {frames_u8.dtype} {frames_u8.shape}, not uint8 {expected}")
-        for frame_u8 in frames_u8:
-            frame = VideoFrame.from_ndarray(np.ascontiguousarray(frame_u8), format="rgb24")
-            # Without a target matrix swscale takes BT.601 whatever the stream is tagged with.
-            frame = self._reformatter.reformat(
-                frame,
-                format=self._pixel_format,
-                dst_colorspace=_TAGS[self._matrix][0],
-                dst_color_range=ColorRange.MPEG,
-                threads=1,
-            )
-            frame.pts = self._num_frames
-            frame.time_base = 1 / self._rate
-            self._num_frames += 1
-            self._encode(frame)
-
-    def _encode(self, frame: VideoFrame | None) -> None:
-        """Encode a frame, or with None what the encoder still holds."""
-        if self._container is None or self._stream is None:
-            raise ValueError("the writer is not open")
-        for packet in self._stream.encode(frame):
-            # x265 leaves this time undefined in files of one or two frames.
-            packet.dts = self._num_packets - _REORDER_DELAY
-            packet.duration = 1
-            self._num_packets += 1
-            self._container.mux(packet)
-
-
-def join_videos(
-    paths: Sequence[Path], output: Path, *, audio: AudioSource | None = None
-) -> AudioOutcome:
-    """Put files of `VideoWriter` end to end without encoding them again, and add sound.
-
-    Args:
-        paths: Parts of one size, rate and encoder setting, each of at least 1 frame.
-        output: MP4 file to make or replace; its folder must exist.
-        audio: Sound that begins with the first frame. It is cut at the end of the video and, if
-            shorter, simply ends; it is never stretched.
-
-    Returns:
-        Whether the sound was copied packet by packet, was encoded again as AAC because MP4 players
-        do not know it, or is absent because the source has none in the range.
-
-    Raises:
-        MediaError: If a part is damaged or differs in its settings, or the sound is damaged.
-        OSError: If the disk is full.
-    """
-    if not paths:
-        raise ValueError("there are no parts to join")
-    parts = [_examine_part(path) for path in paths]
-    for part in parts:
-        if (part.rate, part.encoding) != (parts[0].rate, parts[0].encoding):
-            raise MediaError(
-                f"{part.path} has another rate or encoding than {parts[0].path}, so the two "
-                "cannot be joined. Write both with the same settings."
-            )
-    length_s = sum(part.num_frames for part in parts) / parts[0].rate
-    try:
-        return _join(parts, output, audio, length_s)
-    except av.error.FFmpegError as error:
-        if isinstance(error, OSError):
-            raise
-        raise MediaError(
-            f"{output} cannot be put together from its parts and sound: {error.strerror}. "
-            "One of them is damaged."
-        ) from error
-
-
-def _join(
-    parts: Sequence[_Part], output: Path, audio: AudioSource | None, length_s: Fraction
-) -> AudioOutcome:
-    """Write the joined file of parts that fit together."""
-    with ExitStack() as stack:
-        sound = None if audio is None else stack.enter_context(_open_sound(audio, length_s))
-        temporary = stack.enter_context(atomic_path(output))
-        container = stack.enter_context(_output(temporary))
-        with _open(parts[0].path) as first:
-            template = _video_stream(first, parts[0].path)
-            stream = container.add_stream_from_template(template, opaque=True)
-        stream.time_base = 1 / parts[0].rate
-        _tag_for_players(stream)
-        feeds: list[Iterator[Packet[Any]]] = [_joined_packets(parts, stream)]
-        if sound is not None:
-            feeds.append(sound.packets_for(container))
-        outcome: AudioOutcome = "absent"
-        for packet in heapq.merge(*feeds, key=_decode_time):
-            if sound is not None and packet.stream is not stream:
-                outcome = sound.outcome
-            container.mux(packet)
-    return outcome
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Examined:
     """What one pass over a file tells.
@@ -628,71 +360,17 @@ class _PacketTimes:
     damaged: int | None
 
 
-class DamagedError(MediaError):
-    """A video is torn from some time on.
-
-    Attributes:
-        time_s: That time after the first frame [s]; every frame before it can be read.
-    """
-
-    def __init__(self, path: Path, time_s: float) -> None:
-        super().__init__(
-            f"{path} is damaged at {time_s:.3f} s. "
-            "Convert the file anew, or use the part before it."
-        )
-        self.time_s = time_s
-
-
-class _TornError(Exception):
-    """A packet is missing or incomplete."""
-
-
-def _open(path: Path) -> InputContainer:
-    """Open a media file for reading."""
-    try:
-        # "file:" keeps FFmpeg from taking "a:b.mp4" for a protocol. Missing times stay missing:
-        # FFmpeg makes them up wrongly where frames are reordered (AVI with B-frames). And tags
-        # that are not UTF-8 would otherwise stop PyAV.
-        return av.open(
-            f"file:{path}", container_options={"fflags": "-genpts"}, metadata_errors="replace"
-        )
-    except av.error.FFmpegError as error:
-        raise MediaError(
-            f"{path} cannot be read as a video: {error.strerror}. "
-            "Give a file that plays, such as MP4, MOV, MKV or WebM."
-        ) from error
-
-
-def _video_stream(container: InputContainer, path: Path) -> VideoStream:
-    """The stream that players show."""
-    stream = container.streams.best("video")
-    # The cover picture of a sound file is a video stream too.
-    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
-        raise MediaError(f"{path} has no video stream. Give a video file.")
-    if stream.codec_context is None:
-        raise MediaError(f"{path} holds a video format that is not known. Convert it to H.264.")
-    return stream
-
-
-def _audio_stream(container: InputContainer) -> AudioStream | None:
-    """The sound that players play, if its format is known."""
-    stream = container.streams.best("audio")
-    if isinstance(stream, AudioStream) and stream.codec_context is not None:
-        return stream
-    return None
-
-
 def _examine(path: Path) -> _Examined:
     """Read all time stamps and the first frame; without time stamps decode every frame."""
     check_media_file(path, "video")
-    with _open(path) as container:
-        stream = _video_stream(container, path)
+    with open_container(path) as container:
+        stream = video_stream(container, path)
         packets = _packet_times(container, stream)
         time_base = stream.time_base or Fraction(1, 1000)
         stated_rates = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
         sample_aspect = stream.sample_aspect_ratio or Fraction(1)
         codec = stream.codec_context.codec.canonical_name
-        has_audio = _audio_stream(container) is not None
+        has_audio = audio_stream(container) is not None
     first = _first_frame(path)
     by_order = first.pts is None or not packets.complete
     if first.pts is None or by_order:
@@ -739,32 +417,13 @@ def _examine(path: Path) -> _Examined:
     )
 
 
-def _intact_packets(
-    container: InputContainer, stream: VideoStream
-) -> Iterator[Packet[VideoStream]]:
-    """All packets of a stream in the order of the file; `_TornError` where one is missing."""
-    num_packets = 0
-    try:
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise _TornError
-            if packet.size:
-                num_packets += 1
-                yield packet
-    except av.error.FFmpegError as error:
-        raise _TornError from error
-    # MP4 lists all packets at one place: a file cut between two packets shows no other sign.
-    if len(stream.index_entries) > num_packets:
-        raise _TornError
-
-
 def _packet_times(container: InputContainer, stream: VideoStream) -> _PacketTimes:
     """Collect the time stamps of a stream without decoding it."""
     times, key_frames = array("q"), array("q")
     latest, last_duration, complete = None, 0, True
     sure, damaged = 0, None
     try:
-        for packet in _intact_packets(container, stream):
+        for packet in intact_packets(container, stream):
             if packet.pts is None:
                 complete = False
                 continue
@@ -777,7 +436,7 @@ def _packet_times(container: InputContainer, stream: VideoStream) -> _PacketTime
             times.append(packet.pts)
             if latest is None or packet.pts > latest:
                 latest, last_duration = packet.pts, packet.duration or 0
-    except _TornError:
+    except TornError:
         damaged = sure
     return _PacketTimes(
         times=np.sort(np.asarray(times, np.int64)),
@@ -790,9 +449,9 @@ def _packet_times(container: InputContainer, stream: VideoStream) -> _PacketTime
 
 def _first_frame(path: Path) -> VideoFrame:
     """The first frame that decodes."""
-    with _open(path) as container:
+    with open_container(path) as container:
         try:
-            for frame in container.decode(_video_stream(container, path)):
+            for frame in container.decode(video_stream(container, path)):
                 return frame
         except av.error.FFmpegError as error:
             raise DamagedError(path, 0) from error
@@ -808,9 +467,9 @@ def _decoded_times(
     """
     stamps = array("q")
     rising, damaged = True, False
-    with _open(path) as container:
+    with open_container(path) as container:
         try:
-            for frame in container.decode(_video_stream(container, path)):
+            for frame in container.decode(video_stream(container, path)):
                 stamp = -1 if frame.pts is None else frame.pts
                 rising = rising and frame.pts is not None and (not stamps or stamp > stamps[-1])
                 stamps.append(stamp)
@@ -932,7 +591,7 @@ class _Decoder:
             container = self._container
         if self._examined.by_order:
             return
-        stream = _video_stream(container, self._path)
+        stream = video_stream(container, self._path)
         # A container may land later than asked (MPEG-TS guesses by the bit rate), so go back until
         # decoding can start at a key frame that is not after `key`.
         for key_frame in self._key_frames_up_to(key)[::-1][:_NUM_SEEKS].tolist():
@@ -948,8 +607,8 @@ class _Decoder:
     def _start(self) -> InputContainer:
         """Open the file anew, with its first frame still to come."""
         self.close()
-        self._container = _open(self._path)
-        stream = _video_stream(self._container, self._path)
+        self._container = open_container(self._path)
+        stream = video_stream(self._container, self._path)
         stream.thread_type = "AUTO"
         packets = self._container.demux(stream)
         if self._examined.by_order:
@@ -983,287 +642,3 @@ def _timed_frames(packets: Iterator[Packet[VideoStream]]) -> Iterator[tuple[int,
         for frame in packet.decode():
             if frame.pts is not None:
                 yield frame.pts, frame
-
-
-@contextmanager
-def _output(path: Path) -> Iterator[OutputContainer]:
-    """An MP4 file that ends properly, or is given up after an exception.
-
-    On a full disk PyAV raises `av.error.OSError`, which is an `OSError` with the usual `errno`:
-    while packets are written or, since 32 kB are held back, only here at the end.
-    """
-    container = av.open(
-        f"file:{path}", "w", format="mp4", container_options={"movflags": "+faststart"}
-    )
-    try:
-        yield container
-    except BaseException:
-        with suppress(av.error.FFmpegError):
-            container.close()
-        raise
-    container.close()
-
-
-def _tag_for_players(stream: VideoStream) -> None:
-    """Mark H.265 the way Apple's players demand it."""
-    if stream.codec_context.codec.canonical_name == "hevc":
-        stream.codec_context.codec_tag = "hvc1"
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What has to agree between files that are joined, and what the joining needs.
-
-    Attributes:
-        path: The file.
-        num_frames: Frames, which are as many packets.
-        rate: Frames per second.
-        encoding: Format and parameter sets, which hold size, colours and all coding tools.
-        reorder_delay: By how many frames the decoding order may run ahead of the display.
-    """
-
-    path: Path
-    num_frames: int
-    rate: Fraction
-    encoding: tuple[str, bytes | None]
-    reorder_delay: int
-
-
-def _examine_part(path: Path) -> _Part:
-    """Check that a part is whole and has a constant rate."""
-    check_media_file(path, "video")
-    stamps = array("q")
-    durations: set[int] = set()
-    with _open(path) as container:
-        stream = _video_stream(container, path)
-        try:
-            for packet in _intact_packets(container, stream):
-                stamps.append(_ticks(packet))
-                durations.add(packet.duration or 0)
-        except _TornError as error:
-            raise DamagedError(path, float(len(stamps) / (stream.average_rate or 1))) from error
-        encoding = (stream.codec_context.codec.canonical_name, stream.codec_context.extradata)
-        time_base = stream.time_base or Fraction(1, 1000)
-    step = durations.pop() if len(durations) == 1 else 0
-    steps = np.arange(len(stamps))
-    times = np.asarray(stamps, np.int64) - min(stamps, default=0)
-    if encoding[0] not in _JOINED_VIDEO_CODECS:
-        raise MediaError(f"{path} holds {encoding[0]} video, which cannot be joined.")
-    if not step or not np.array_equal(np.sort(times), steps * step):
-        raise MediaError(f"{path} has no constant frame rate, so it cannot be joined.")
-    return _Part(
-        path=path,
-        num_frames=len(stamps),
-        rate=1 / (step * time_base),
-        encoding=encoding,
-        reorder_delay=int((steps - times // step).max()),
-    )
-
-
-def _joined_packets(parts: Sequence[_Part], stream: VideoStream) -> Iterator[Packet[VideoStream]]:
-    """All packets of the parts with the time stamps of one video, in the order of decoding."""
-    delay = max(part.reorder_delay for part in parts)
-    num_packets = 0
-    for part in parts:
-        with _open(part.path) as container:
-            source = _video_stream(container, part.path)
-            first = num_packets - round(_start_s(source) * part.rate)
-            for packet in _intact_packets(container, source):
-                packet.pts = first + round(_seconds(packet) * part.rate)
-                # One packet per frame. The parts' own decoding times would not do: a short part
-                # starts with a smaller delay, so that time would run backwards at the seam.
-                packet.dts = num_packets - delay
-                packet.duration = 1
-                packet.time_base = 1 / part.rate
-                packet.stream = stream
-                num_packets += 1
-                yield packet
-
-
-def _start_s(stream: Stream) -> Fraction:
-    """Time stamp of a stream's first frame or sound [s]."""
-    return (stream.start_time or 0) * (stream.time_base or Fraction(1))
-
-
-def _ticks(packet: Packet[Any]) -> int:
-    """Presentation time; only for packets that have one."""
-    return 0 if packet.pts is None else packet.pts
-
-
-def _seconds(packet: Packet[Any]) -> Fraction:
-    """Presentation time [s]; only for packets that have one."""
-    return _ticks(packet) * packet.time_base
-
-
-def _decode_time(packet: Packet[Any]) -> Fraction:
-    """When a packet of an output is due [s]."""
-    return (packet.dts or 0) * packet.time_base
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Sound:
-    """The open sound of an `AudioSource`.
-
-    Attributes:
-        path: The file.
-        container: The file, open.
-        stream: Its sound.
-        begin_s: Time stamp in the file that becomes time 0 [s].
-        length_s: Length of the video [s].
-        outcome: What `packets_for` does with the sound.
-    """
-
-    path: Path
-    container: InputContainer
-    stream: AudioStream
-    begin_s: Fraction
-    length_s: Fraction
-    outcome: AudioOutcome
-
-    def packets_for(self, output: OutputContainer) -> Iterator[Packet[AudioStream]]:
-        """Add a stream to `output`, whose header is not yet written, and make its packets.
-
-        Args:
-            output: Container that the packets are for.
-
-        Returns:
-            Packets that begin at time 0 or, hidden by an edit list, up to two packets before.
-        """
-        if self.outcome == "copied":
-            copy = output.add_stream_from_template(self.stream)
-            copy.time_base = Fraction(1, self.stream.rate)
-            return self._cut(self._copied(copy), self.stream.rate)
-        rate = self.stream.rate if self.stream.rate in _AAC_RATES else 48000
-        layout = "mono" if self.stream.channels == 1 else "stereo"
-        encoder = output.add_stream("aac", rate=rate, layout=layout)
-        encoder.bit_rate = _AAC_BITS_PER_CHANNEL * (1 if layout == "mono" else 2)
-        return self._cut(self._encoded(encoder, rate, layout), rate)
-
-    def _cut(
-        self, packets: Iterator[Packet[AudioStream]], rate: int
-    ) -> Iterator[Packet[AudioStream]]:
-        """End the sound with the video, to the sample."""
-        end = int(self.length_s * rate)
-        for packet in packets:
-            if _ticks(packet) >= end:
-                return
-            packet.duration = min(packet.duration or 0, end - _ticks(packet))
-            yield packet
-
-    def _copied(self, stream: AudioStream) -> Iterator[Packet[AudioStream]]:
-        """Packets of the range, with times in samples; the one before the range comes first."""
-        rate = self.stream.rate
-        before: Packet[AudioStream] | None = None
-        last: int | None = None  # begin and end of the packet handed out last [samples]
-        end = 0
-        for packet in self._packets():
-            begin = round((_seconds(packet) - self.begin_s) * rate)
-            stated = (packet.duration or 0) * packet.time_base * rate
-            # A container that counts milliseconds cannot state 1024 samples, so that its packets
-            # would overlap or leave gaps of a few samples.
-            samples = self.stream.frame_size
-            exact = samples > 0 and abs(stated - samples) <= packet.time_base * rate
-            packet.pts = packet.dts = begin
-            packet.duration = samples if exact else round(stated)
-            packet.time_base = Fraction(1, rate)
-            packet.stream = stream
-            if begin + packet.duration <= 0:
-                before = packet
-                continue
-            # A decoder needs the packet before to get the first one right; players skip it.
-            for due in (packet,) if before is None else (before, packet):
-                if exact and last is not None and abs(_ticks(due) - end) < samples / 2:
-                    due.pts = due.dts = end
-                if last is None or _ticks(due) > last:  # else time runs backwards
-                    last, end = _ticks(due), _ticks(due) + (due.duration or 0)
-                    yield due
-            before = None
-
-    def _encoded(
-        self, stream: AudioStream, rate: int, layout: str
-    ) -> Iterator[Packet[AudioStream]]:
-        """The range as new AAC packets."""
-        position = 0
-        for samples in self._samples(rate, layout):
-            frame = AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
-            frame.sample_rate = rate
-            frame.pts = position
-            frame.time_base = Fraction(1, rate)
-            position += samples.shape[1]
-            yield from stream.encode(frame)
-        if position:
-            yield from stream.encode(None)
-
-    def _samples(self, rate: int, layout: str) -> Iterator[npt.NDArray[np.float32]]:
-        """The range as blocks [channels, n] without gaps, placed by their time stamps."""
-        total = int(self.length_s * rate)
-        position = 0
-        for frame in self._resampled(rate, layout):
-            begin = round(((frame.pts or 0) * (frame.time_base or 1) - self.begin_s) * rate)
-            if position and abs(begin - position) <= _AUDIO_JITTER_S * rate:
-                begin = position
-            samples = np.asarray(frame.to_ndarray(), np.float32)
-            while position < min(begin, total):
-                silence = min(begin, total, position + rate) - position
-                yield np.zeros((samples.shape[0], silence), np.float32)
-                position += silence
-            samples = samples[:, max(0, position - begin) :][:, : total - position]
-            if samples.shape[1]:
-                yield np.ascontiguousarray(samples)
-                position += samples.shape[1]
-            if position >= total:
-                return
-
-    def _resampled(self, rate: int, layout: str) -> Iterator[AudioFrame]:
-        """The whole sound, decoded; decoders need a run-up, and this is quick."""
-        resampler = AudioResampler(format="fltp", layout=layout, rate=rate)
-        for packet in self._packets():
-            try:
-                frames = packet.decode()
-            except av.error.FFmpegError as error:
-                raise self._damaged(packet) from error
-            for frame in frames:
-                yield from resampler.resample(frame)
-        for frame in self.stream.decode(None):
-            yield from resampler.resample(frame)
-        yield from resampler.resample(None)
-
-    def _packets(self) -> Iterator[Packet[AudioStream]]:
-        """All packets of the sound that have a time."""
-        packet: Packet[AudioStream] | None = None
-        try:
-            for packet in self.container.demux(self.stream):
-                if packet.size and packet.pts is not None:
-                    yield packet
-        except av.error.FFmpegError as error:
-            raise self._damaged(packet) from error
-
-    def _damaged(self, packet: Packet[AudioStream] | None) -> MediaError:
-        time_s = Fraction(0) if packet is None else _seconds(packet)
-        return MediaError(
-            f"{self.path} has damaged sound at {float(time_s):.3f} s. Give other sound."
-        )
-
-
-@contextmanager
-def _open_sound(audio: AudioSource, length_s: Fraction) -> Iterator[_Sound | None]:
-    """The sound of a source, or None if it has none."""
-    check_media_file(audio.path, "video")
-    with _open(audio.path) as container:
-        stream = _audio_stream(container)
-        if stream is None:
-            yield None
-            return
-        try:
-            first_s = _examine(audio.path).start_s
-        except MediaError:
-            first_s = _start_s(stream)
-        copied = stream.codec_context.codec.canonical_name in _COPIED_AUDIO_CODECS
-        yield _Sound(
-            path=audio.path,
-            container=container,
-            stream=stream,
-            begin_s=first_s + Fraction(audio.start_s),
-            length_s=length_s,
-            outcome="copied" if copied else "re-encoded",
-        )

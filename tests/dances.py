@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
+from everanimate_cli.encode import VideoWriter
 from everanimate_cli.toyworld import Actor, Dance, GroupFrame, ToyGroup, ToyScene
-from everanimate_cli.video import VideoWriter
 
 FPS = 12.5
 

@@ -288,9 +288,10 @@ def run_diffusers(job: Job, watch: Stopwatch) -> None:
     )
     from PIL import Image  # noqa: PLC0415
 
+    from everanimate_cli.encode import VideoWriter  # noqa: PLC0415
     from everanimate_cli.memory import chunk_noise  # noqa: PLC0415
     from everanimate_cli.schedule import shifted_sigmas  # noqa: PLC0415
-    from everanimate_cli.video import VideoReader, VideoWriter  # noqa: PLC0415
+    from everanimate_cli.video import VideoReader  # noqa: PLC0415
 
     defaults = job.defaults
 
@@ -345,9 +346,9 @@ def run_diffusers(job: Job, watch: Stopwatch) -> None:
 
 def render_inputs(folder: Path, defaults: ModelDefaults, num_frames: int) -> None:
     """Write a reference and a dance of the toy world at the sizes that the model takes."""
+    from everanimate_cli.encode import VideoWriter  # noqa: PLC0415
     from everanimate_cli.images import fit_frame, write_png  # noqa: PLC0415  # needs no torch
     from everanimate_cli.toyworld import ToyScene  # noqa: PLC0415
-    from everanimate_cli.video import VideoWriter  # noqa: PLC0415
 
     height, width, side = defaults.height, defaults.width, defaults.face_size
     reference_u8 = ToyScene(SEED, SEED, height=height, width=width).reference()

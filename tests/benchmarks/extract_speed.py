@@ -262,8 +262,9 @@ def render_clip(path: Path, clip: Clip) -> None:
     import cv2  # noqa: PLC0415  # see the comment above
     import numpy as np  # noqa: PLC0415
 
+    from everanimate_cli.encode import VideoWriter  # noqa: PLC0415
+    from everanimate_cli.joining import join_videos  # noqa: PLC0415
     from everanimate_cli.toyworld import Dance, ToyScene  # noqa: PLC0415
-    from everanimate_cli.video import VideoWriter, join_videos  # noqa: PLC0415
 
     if clip.repeats > 1:
         join_videos([clip.once.path(path.parent)] * clip.repeats, path)  # rendered before
@@ -288,8 +289,8 @@ def render_clip(path: Path, clip: Clip) -> None:
 
 def render_dances(folder: Path, clip: Clip, num_dances: int) -> None:
     """Write those of the accuracy part; the camera moves in every second one."""
+    from everanimate_cli.encode import VideoWriter  # noqa: PLC0415
     from everanimate_cli.toyworld import Dance, ToyScene  # noqa: PLC0415  # see the comment above
-    from everanimate_cli.video import VideoWriter  # noqa: PLC0415
 
     size = {"height": clip.height, "width": clip.width}
     for index in range(num_dances):

@@ -396,6 +396,24 @@ def test_everybody_has_a_number_and_a_place(
     )
 
 
+def test_somebody_who_comes_later_can_be_chosen(run: Run) -> None:
+    late = ((1.6, 1.4, 0.0, 0.7), (2.4, 0.3, 0.0, 0.7))
+    frames = group_frames(
+        [dancer(0, (0, -0.25, 0.0, 0.8)), dancer(1, *late)], 42, height=112, width=192
+    )
+    write_group_video(Path("enter.mp4"), frames)
+    people = json.loads(run("enter.mp4", "--list-persons", "--json", "--start", "0.8").out)
+    assert [person["place"] for person in people] == ["left", "right"]
+    assert people[0]["start_s"] == 0.8  # in the time of the video
+    assert 1.8 < people[1]["start_s"] < 2.4
+    assert run("enter.mp4", "--person", "1").code == 0
+    values = arrays("enter_pose")
+    assert (values["persons"][:20] == -1).all()
+    assert (values["persons"][-10:] == 1).all()
+    found = values["keypoints"][-10:, :17, :2]
+    assert np.median(np.linalg.norm(found - exact_joints(frames[-10:], 1), axis=2)) < 2.5
+
+
 @pytest.mark.parametrize("scales", [(0.7, 0.76), (0.76, 0.7)], ids=["behind", "in front"])
 def test_people_who_cross_are_not_mixed_up(run: Run, scales: tuple[float, float]) -> None:
     paths = [((0.8, side * -0.3, 0.0, s), (2.6, side * 0.3, 0.0, s)) for side, s in

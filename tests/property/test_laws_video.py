@@ -6,9 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from media import decode_video, frame_numbers, moving_frames, numbered_frames, write_media
 
+from everanimate_cli.encode import VideoWriter
 from everanimate_cli.images import contain_box, fit_frame, fit_size
+from everanimate_cli.joining import join_videos
 from everanimate_cli.settings import Fit
-from everanimate_cli.video import Timeline, VideoReader, VideoWriter, join_videos, probe_video
+from everanimate_cli.video import Timeline, VideoReader, probe_video
 
 NUM_FRAMES = 40
 

@@ -33,18 +33,11 @@ from media import (
 from PIL import Image
 
 from everanimate_cli import video
+from everanimate_cli.encode import VideoWriter
 from everanimate_cli.errors import MediaError, SettingsError
 from everanimate_cli.images import fit_frame
-from everanimate_cli.video import (
-    AudioSource,
-    Timeline,
-    VideoInfo,
-    VideoReader,
-    VideoWriter,
-    as_rate,
-    join_videos,
-    probe_video,
-)
+from everanimate_cli.joining import AudioSource, join_videos
+from everanimate_cli.video import Timeline, VideoInfo, VideoReader, as_rate, probe_video
 
 SAMPLING = json.loads(
     (Path(__file__).parents[1] / "golden" / "frame_sampling.json").read_text(encoding="utf-8")

@@ -1,0 +1,143 @@
+"""Open media files, walk through their packets, and close them properly."""
+
+# PyAV's `Packet` takes a type argument in its stubs only, so annotations must not be evaluated.
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import av
+import av.error
+from av.audio.stream import AudioStream
+from av.container import InputContainer, OutputContainer
+from av.packet import Packet
+from av.stream import Disposition, Stream
+from av.video.stream import VideoStream
+
+from everanimate_cli.errors import MediaError
+
+
+class DamagedError(MediaError):
+    """A video is torn from some time on.
+
+    Attributes:
+        time_s: That time after the first frame [s]; every frame before it can be read.
+    """
+
+    def __init__(self, path: Path, time_s: float) -> None:
+        super().__init__(
+            f"{path} is damaged at {time_s:.3f} s. "
+            "Convert the file anew, or use the part before it."
+        )
+        self.time_s = time_s
+
+
+class TornError(Exception):
+    """A packet is missing or incomplete."""
+
+
+def open_container(path: Path) -> InputContainer:
+    """Open a media file for reading.
+
+    Raises:
+        MediaError: If it is no media file.
+    """
+    try:
+        # "file:" keeps FFmpeg from taking "a:b.mp4" for a protocol. Missing times stay missing:
+        # FFmpeg makes them up wrongly where frames are reordered (AVI with B-frames). And tags
+        # that are not UTF-8 would otherwise stop PyAV.
+        return av.open(
+            f"file:{path}", container_options={"fflags": "-genpts"}, metadata_errors="replace"
+        )
+    except av.error.FFmpegError as error:
+        raise MediaError(
+            f"{path} cannot be read as a video: {error.strerror}. "
+            "Give a file that plays, such as MP4, MOV, MKV or WebM."
+        ) from error
+
+
+def video_stream(container: InputContainer, path: Path) -> VideoStream:
+    """The stream that players show.
+
+    Raises:
+        MediaError: If there is none, or its format is not known.
+    """
+    stream = container.streams.best("video")
+    # The cover picture of a sound file is a video stream too.
+    if not isinstance(stream, VideoStream) or stream.disposition & Disposition.attached_pic:
+        raise MediaError(f"{path} has no video stream. Give a video file.")
+    if stream.codec_context is None:
+        raise MediaError(f"{path} holds a video format that is not known. Convert it to H.264.")
+    return stream
+
+
+def audio_stream(container: InputContainer) -> AudioStream | None:
+    """The sound that players play, if its format is known."""
+    stream = container.streams.best("audio")
+    if isinstance(stream, AudioStream) and stream.codec_context is not None:
+        return stream
+    return None
+
+
+def intact_packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    """All packets of a stream in the order of the file.
+
+    Raises:
+        TornError: Where a packet is missing.
+    """
+    num_packets = 0
+    try:
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise TornError
+            if packet.size:
+                num_packets += 1
+                yield packet
+    except av.error.FFmpegError as error:
+        raise TornError from error
+    # MP4 lists all packets at one place: a file cut between two packets shows no other sign.
+    if len(stream.index_entries) > num_packets:
+        raise TornError
+
+
+@contextmanager
+def open_output(path: Path) -> Iterator[OutputContainer]:
+    """An MP4 file that ends properly, or is given up after an exception.
+
+    On a full disk PyAV raises `av.error.OSError`, which is an `OSError` with the usual `errno`:
+    while packets are written or, since 32 kB are held back, only here at the end.
+    """
+    container = av.open(
+        f"file:{path}", "w", format="mp4", container_options={"movflags": "+faststart"}
+    )
+    try:
+        yield container
+    except BaseException:
+        with suppress(av.error.FFmpegError):
+            container.close()
+        raise
+    container.close()
+
+
+def tag_for_players(stream: VideoStream) -> None:
+    """Mark H.265 the way Apple's players demand it."""
+    if stream.codec_context.codec.canonical_name == "hevc":
+        stream.codec_context.codec_tag = "hvc1"
+
+
+def stream_start_s(stream: Stream) -> Fraction:
+    """Time stamp of a stream's first frame or sound [s]."""
+    return (stream.start_time or 0) * (stream.time_base or Fraction(1))
+
+
+def ticks_of(packet: Packet[Any]) -> int:
+    """Presentation time; only for packets that have one."""
+    return 0 if packet.pts is None else packet.pts
+
+
+def seconds_of(packet: Packet[Any]) -> Fraction:
+    """Presentation time [s]; only for packets that have one."""
+    return ticks_of(packet) * packet.time_base
