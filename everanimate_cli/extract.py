@@ -155,7 +155,7 @@ def extract(settings: ExtractSettings, on_event: OnEvent) -> ExtractResult:
         if not (summary.persons >= 0).any():
             work.remove()
             raise no_pose(settings)
-        facts |= summary.facts(settings.fps)
+        facts |= summary.facts()
         facts |= {
             "detector_calls": models.detector.num_calls,
             "networks_s": round(models.seconds_in_network, 3),
@@ -180,7 +180,7 @@ def extract(settings: ExtractSettings, on_event: OnEvent) -> ExtractResult:
             "request": request,
             "warnings": warnings,
             "damaged_s": source.damaged_s,
-            **summary.record(settings.fps),
+            **summary.record(),
         }
         if plan is not None and template is not None:
             record["retarget"] = plan.to_json() | {"template_frame": template.index}
@@ -190,7 +190,7 @@ def extract(settings: ExtractSettings, on_event: OnEvent) -> ExtractResult:
         publish_files(work, output)
         work.remove()
         facts["timings"] = {"total_s": round(time.monotonic() - started_s, 3)}
-        for note in summary.notes(settings.fps):
+        for note in summary.notes():
             on_event(Note(text=note))
         if source.damaged_s is not None:
             raise RunError(

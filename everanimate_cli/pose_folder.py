@@ -322,50 +322,57 @@ class Summary:
         scores: [N] mean score of the body, 0 for nobody.
         flags: [N] see `Flag`.
         small_faces: How many face crops come from few pixels: below 32 for a video of 512.
+        fps: Frames per second.
+        start_s: Time of the first frame in the video [s].
     """
 
     persons: NDArray[np.int32]
     scores: Points
     flags: NDArray[np.uint8]
     small_faces: int
+    fps: float
+    start_s: float = 0.0
 
-    def gaps(self, fps: float) -> list[tuple[float, float]]:
-        """(begin, end) of each stretch of frames without a person [s]."""
+    def gaps(self) -> list[tuple[float, float]]:
+        """(begin, end) of each stretch of frames without a person, in the time of the video [s]."""
         missing = np.concatenate([[False], (self.flags & Flag.NO_PERSON) > 0, [False]])
         edges = np.flatnonzero(np.diff(missing.astype(np.int8)))
-        return [(a / fps, b / fps) for a, b in edges.reshape(-1, 2).tolist()]
+        return [
+            (self.start_s + a / self.fps, self.start_s + b / self.fps)
+            for a, b in edges.reshape(-1, 2).tolist()
+        ]
 
     def _count(self, flag: Flag) -> int:
         return int(((self.flags & flag) > 0).sum())
 
-    def facts(self, fps: float) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """For `--json`."""
         return {
             "frames_without_person": self._count(Flag.NO_PERSON),
             "frames_filled": self._count(Flag.FILLED),
             "frames_without_face": self._count(Flag.NO_FACE),
-            "gaps": [[round(value, 3) for value in gap] for gap in self.gaps(fps)],
+            "gaps": [[round(value, 3) for value in gap] for gap in self.gaps()],
             "switches": int((np.diff(self.persons[self.persons >= 0]) != 0).sum()),
         }
 
-    def record(self, fps: float) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         """For `extract.json`."""
         return {
-            **self.facts(fps),
+            **self.facts(),
             "persons": self.persons.tolist(),
             "scores": [round(score, 3) for score in self.scores.tolist()],
         }
 
-    def notes(self, fps: float) -> list[str]:
+    def notes(self) -> list[str]:
         """What a user should know, a line each."""
         total, lines = len(self.flags), []
         missing = self._count(Flag.NO_PERSON)
         if missing:
-            gaps = [f"{clock(a)}-{clock(b)}" for a, b in self.gaps(fps)]
+            gaps = [f"{clock(a)}-{clock(b)}" for a, b in self.gaps()]
             shown, rest = ", ".join(gaps[:_GAPS_SHOWN]), len(gaps) - _GAPS_SHOWN
             shown += f" and {rest} more" if rest > 0 else ""
             lines.append(f"{missing} of {total} frames without a person ({shown})")
-        switches = self.facts(fps)["switches"]
+        switches = self.facts()["switches"]
         if switches > 0:
             times = "once" if switches == 1 else f"{switches} times"
             lines.append(f"another person was followed {times}, as --reacquire any allows")
@@ -414,6 +421,8 @@ def join_segments(work: ExtractFolder, settings: ExtractSettings, renderer: Rend
         scores=np.concatenate(scores),
         flags=np.concatenate(flags),
         small_faces=small,
+        fps=settings.fps,
+        start_s=settings.start,
     )
 
 

@@ -1017,8 +1017,8 @@ def main() -> None:
             printed.append(lay_out_dances(dances))
     sizes = f" ({options.detector_gflop:g} and {options.pose_gflop:g} GFLOP)"
     setting = (
-        f"Networks: {options.models}{sizes if options.models == 'sized' else ''}, "
-        f"{options.threads} thread(s) each, {options.cores or 'all'} core(s), "
+        f"Networks of the speed part: {options.models}{sizes if options.models == 'sized' else ''}"
+        f", {options.threads} thread(s) each; {options.cores or 'all'} core(s), "
         f"median of {options.rounds}; {describe_machine()}."
     )
     figures |= {"setting": setting, "targets": judged(targets)}

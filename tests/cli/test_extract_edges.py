@@ -261,9 +261,11 @@ def test_many_gaps_take_one_line() -> None:
         scores=np.zeros(10),
         flags=flags,
         small_faces=0,
+        fps=10.0,
+        start_s=60.0,
     )
-    assert summary.notes(fps=10.0) == [
-        "5 of 10 frames without a person (0:00.0-0:00.1, 0:00.2-0:00.3, 0:00.4-0:00.5 and 2 more)"
+    assert summary.notes() == [
+        "5 of 10 frames without a person (1:00.0-1:00.1, 1:00.2-1:00.3, 1:00.4-1:00.5 and 2 more)"
     ]
 
 
@@ -273,11 +275,11 @@ def test_a_way_there_and_back_is_two_switches() -> None:
         scores=np.zeros(7),
         flags=np.array([0, Flag.NO_PERSON, 0, 0, 0, Flag.NO_PERSON, 0], np.uint8),
         small_faces=0,
+        fps=10.0,
+        start_s=60.0,
     )
-    assert summary.facts(fps=10.0)["switches"] == 2
-    assert summary.notes(fps=10.0)[1] == (
-        "another person was followed 2 times, as --reacquire any allows"
-    )
+    assert summary.facts()["switches"] == 2
+    assert summary.notes()[1] == ("another person was followed 2 times, as --reacquire any allows")
 
 
 def test_no_memory_is_filled_by_a_gap_without_end(
