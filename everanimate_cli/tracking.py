@@ -279,6 +279,11 @@ class Tracks:
         for index in np.argsort(-areas, kind="stable").tolist():
             taken = [i for i, position in enumerate(order) if ids[position] >= 0]
             doubtful = index in taken or index in disputed or doubles[index, taken].any()
+            # Half behind somebody: rather who was lost there, who may not look like it yet.
+            if shared[index].max() >= _SAME_PLACE:
+                lost = [t for t, i in pairs if i < 0 and t.placed and t.time_s >= time_s - NEAR_S]
+                places = np.array([t.predict(time_s) for t in lost]).reshape(-1, 4)
+                doubtful |= bool((_ious(boxes[[index]], places) >= _TOUCHING).any())
             if scores[index] >= self.min_score and not doubtful:
                 ids[order[index]] = self._start(time_s, boxes[index], looks[index])
         for index, position in enumerate(order):
@@ -296,13 +301,22 @@ class Tracks:
     def ranked(self) -> list[Track]:
         """Persons in the order of `--person`: those of the opening second by falling size, others.
 
-        The size is the mean area over all frames of the opening second, so that a detector's
-        flicker does not come before somebody who is there all the time. Later persons follow in the
-        order in which they come.
+        The size is the mean area. Whoever was there in less than half of the frames comes after the
+        steady ones: a detector flickers. Later persons follow in the order in which they come.
         """
-        opening = [track for track in self.tracks if track.opening[6]]
-        later = [track for track in self.tracks if not track.opening[6]]
-        return sorted(opening, key=lambda track: (-track.opening[4], track.track_id)) + later
+        steady = self.steady()
+
+        def place(track: Track) -> tuple[bool, bool, float, int]:
+            seen = track.opening[6]
+            size = track.opening[4] / seen if seen else 0.0
+            return not seen, track not in steady, -size, track.track_id
+
+        return sorted(self.tracks, key=place)
+
+    def steady(self) -> list[Track]:
+        """Persons seen in at least half of the frames of the opening second, as seen most often."""
+        most = max((track.opening[6] for track in self.tracks), default=0.0)
+        return [track for track in self.tracks if most and 2 * track.opening[6] >= most]
 
     def rewound(self) -> "Tracks":
         """The same persons with their ids and looks, each waiting where first seen."""
@@ -356,8 +370,10 @@ class Tracks:
                 claimed = (rivals[elder] & (likeness[elder] >= STRONG)).any(axis=0)
                 merits[row, claimed] *= _STAND_IN
                 rivals[row, claimed] = False
+                if claimed.any():
+                    continue  # not on to the next box, where somebody else may be
             if track.placed and time_s - track.time_s <= CONTINUOUS_S:
-                present[row] = np.where(rivals[row], merits[row], 0.0)
+                present[row] = merits[row]
         disputed = set[int]()
         while True:
             # Nobody who comes back pushes somebody away who was there all the time.
@@ -374,7 +390,7 @@ class Tracks:
                 and not (
                     _is_clear(row, matches, merits, likeness, rivals)
                     if tracks[row].placed and time_s - tracks[row].time_s <= NEAR_S
-                    else _is_alone(row, matches, likeness)
+                    else _is_alone(row, matches, likeness, tracks)
                 )
             ]
             if not unclear:
@@ -392,7 +408,7 @@ def choose_track(
         tracks: Fed with the detections of at least the opening second.
         select: "size" applies the rule of `choose_box` to the mean boxes, "centre" takes the
             person nearest to the middle of the picture, "left" and "right" the outermost in the
-            picture. People who were there in less than half of the frames come last.
+            picture; among those who were there at least half of the time.
         person: Position in `Tracks.ranked`, from 0; goes before `select`.
 
     Returns:
@@ -414,9 +430,7 @@ def choose_track(
                 f"Give a number from 0 to {len(ranked) - 1}; --list-persons shows them."
             )
         return ranked[person]
-    opening = [track for track in tracks.tracks if track.opening[6]]
-    most = max(track.opening[6] for track in opening)
-    steady = [track for track in opening if 2 * track.opening[6] >= most]
+    steady = tracks.steady()
     means = np.array([track.opening / track.opening[6] for track in steady])  # [K, 7]
     boxes, scores = means[:, :4], means[:, 5]
     if select == "size":
@@ -625,7 +639,7 @@ class Tracker:
             entered = np.array(_touched_edges(moved, self.tracks.height, self.tracks.width))
             entered &= ~np.array(_touched_edges(track.box, self.tracks.height, self.tracks.width))
             changed = float(_ious(extent[None], box[None])[0, 0]) < _SAME_PLACE
-            self._doubtful = changed or bool(entered.any())
+            self._doubtful |= changed or bool(entered.any())
             track.observe(moved, time_s)
         return True
 
@@ -827,10 +841,18 @@ def _is_clear(
     return True
 
 
-def _is_alone(row: int, matches: list[int], likeness: Floats) -> bool:
-    """Whether nobody dressed alike stands beside somebody brought back by the look alone."""
-    free = [index for index in range(likeness.shape[1]) if index not in matches]
-    return bool((likeness[row, free] <= likeness[row, matches[row]] - _MARGIN).all())
+def _is_alone(row: int, matches: list[int], likeness: Floats, tracks: list[Track]) -> bool:
+    """Whether nobody dressed alike stands beside somebody brought back by the look alone.
+
+    People who were known before the loss are no matter: they are where they are seen to be.
+    """
+    familiar = {
+        index
+        for track, index in zip(tracks, matches, strict=True)
+        if track.start_s <= tracks[row].time_s
+    }
+    strangers = [index for index in range(likeness.shape[1]) if index not in familiar]
+    return bool((likeness[row, strangers] <= likeness[row, matches[row]] - _MARGIN).all())
 
 
 def _canonical_order(boxes: Floats, scores: Floats) -> list[int]:

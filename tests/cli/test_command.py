@@ -143,7 +143,8 @@ def test_pose_and_face_stand_in_for_the_driving_folder(worker: Worker) -> None:
 
 
 def test_every_field_has_its_option() -> None:
-    assert {*OPTIONS, *RAW_OPTIONS, "pose", "face"} == {item.name for item in fields(AnimateSettings)}
+    names = {item.name for item in fields(AnimateSettings)}
+    assert {*OPTIONS, *RAW_OPTIONS, "pose", "face"} == names
 
 
 def test_options_not_given_keep_the_defaults_of_the_settings(worker: Worker) -> None:
