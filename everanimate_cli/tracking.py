@@ -278,7 +278,7 @@ class Tracks:
         doubles = _ious(boxes, boxes) >= _DOUBLE
         for index in np.argsort(-areas, kind="stable").tolist():
             taken = [i for i, position in enumerate(order) if ids[position] >= 0]
-            doubtful = index in taken or index in disputed or doubles[index, taken].any()
+            doubtful = index in taken or index in disputed or bool(doubles[index, taken].any())
             # Half behind somebody: rather who was lost there, who may not look like it yet.
             if shared[index].max() >= _SAME_PLACE:
                 lost = [t for t, i in pairs if i < 0 and t.placed and t.time_s >= time_s - NEAR_S]
