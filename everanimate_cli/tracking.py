@@ -44,8 +44,8 @@ _EARLY_S: Final = 0.3  # the choosing pass may have looked later
 UNCONFIRMED_S: Final = 1.0  # how long good poses carry on without any detection
 
 # Cosine of two descriptions. Measured: the same person half a second later 0.82 or more (99 %, toy
-# people who turn), different people 0.74 or less (99 %), four footballers 0.43 to 0.73, a speaker
-# over three seconds 0.9 or more.
+# people who turn), different people 0.73 or less (99 %), four footballers in one picture 0.43 to
+# 0.72, a speaker over three seconds 0.90 or more.
 SIMILAR: Final = 0.7
 STRONG: Final = 0.82
 _NOT_UNLIKE: Final = 0.6
@@ -279,7 +279,7 @@ class Tracks:
         for index in np.argsort(-areas, kind="stable").tolist():
             taken = [i for i, position in enumerate(order) if ids[position] >= 0]
             doubtful = index in taken or index in disputed or bool(doubles[index, taken].any())
-            # Half behind somebody: rather who was lost there, who may not look like it yet.
+            # Half behind somebody: rather who was lost there, and may not look like it yet.
             if shared[index].max() >= _SAME_PLACE:
                 lost = [t for t, i in pairs if i < 0 and t.placed and t.time_s >= time_s - NEAR_S]
                 places = np.array([t.predict(time_s) for t in lost]).reshape(-1, 4)
