@@ -63,11 +63,32 @@ class PhaseAdvanced:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """One step of the optimiser is done.
+
+    Attributes:
+        step: How many are done, those of earlier runs included.
+        num_steps: How many there are in all.
+        loss: Of this step, over all its samples.
+        learning_rate: Of this step.
+        seconds: Wall time of the step.
+        peak_memory_mib: As in `ChunkDone`.
+    """
+
+    step: int
+    num_steps: int
+    loss: float
+    learning_rate: float
+    seconds: float
+    peak_memory_mib: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Note:
     """A line for the reader: a phase that takes time, a warning, a choice made on the way."""
 
     text: str
 
 
-Event = ChunkStarted | StepDone | ChunkDone | PhaseStarted | PhaseAdvanced | Note
+Event = ChunkStarted | StepDone | ChunkDone | PhaseStarted | PhaseAdvanced | TrainStep | Note
 OnEvent = Callable[[Event], None]
