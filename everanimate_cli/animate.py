@@ -26,14 +26,15 @@ from everanimate_cli.extract import extract, make_request, reusable
 from everanimate_cli.images import atomic_path, fit_frame, fit_size, read_image, write_png
 from everanimate_cli.joining import AudioOutcome, AudioSource, join_videos
 from everanimate_cli.memory import chunk_noise, count_drawn_frames, draw_anchor_indices
+from everanimate_cli.pipeline import peak_memory_mib
 from everanimate_cli.preflight import default_pose_folder, settings_path, unfit_size
+from everanimate_cli.records import LoraSpec
 from everanimate_cli.resume import load_chunk, save_chunk
 from everanimate_cli.rollout import Rollout, Step
 from everanimate_cli.runs import Pictures, RunFolder, list_runs
 from everanimate_cli.settings import (
     AnimateSettings,
     ExtractSettings,
-    LoraSpec,
     ResolvedSettings,
     resolve,
     run_folder,
@@ -58,7 +59,6 @@ _FREE_OPTIONS = (
     *("minutes", "seconds", "frames", "output", "device", "audio", "png"),
     *("pose_model", "detector", "person", "select", "retarget", "pose_folder"),
 )
-_MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -686,16 +686,16 @@ def _generate(
                 chunk_index=made.chunk_index,
                 num_frames=num_kept,
                 seconds=now_s - started_s,
-                peak_memory_mib=_peak_memory_mib(rollout.pipeline.device),
+                peak_memory_mib=peak_memory_mib(rollout.pipeline.device),
             )
         )
         started_s = now_s
         if made.chunk_index + 1 < plan.num_chunks:
             announce(made.chunk_index + 1)
     facts = {"seconds_per_frame": round(timings["chunks_s"] / num_frames, 4)}
-    peak_memory_mib = _peak_memory_mib(rollout.pipeline.device)
-    if peak_memory_mib is not None:
-        facts["peak_memory_mib"] = round(peak_memory_mib)
+    peak_mib = peak_memory_mib(rollout.pipeline.device)
+    if peak_mib is not None:
+        facts["peak_memory_mib"] = round(peak_mib)
     return facts
 
 
@@ -749,18 +749,6 @@ def _join(run: RunFolder, segments: Sequence[Path], inputs: _Inputs) -> AudioOut
             f"{error} All chunks are finished and kept in {run.path}: run the same command with "
             "--no-audio if the sound is at fault, else with --no-resume."
         ) from error
-
-
-def _peak_memory_mib(device: torch.device) -> float | None:
-    """Most memory used so far: of the card, or else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _MIB
-    try:
-        import resource  # noqa: PLC0415  # absent on Windows
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (_MIB if platform.system() == "Darwin" else 1024)
 
 
 def _estimate_memory_mib(

@@ -1,9 +1,10 @@
-"""The console on stderr: a bar per phase on a terminal, two for chunks, else plain lines."""
+"""The console on stderr: bars over phases, chunks and steps on a terminal, else plain lines."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.progress import (
@@ -25,11 +26,14 @@ from everanimate_cli.events import (
     PhaseAdvanced,
     PhaseStarted,
     StepDone,
+    TrainStep,
 )
 
-# Short chunks would fill a log with their lines, so that one is printed this often at most, and
-# for the first and the last chunk.
+# Short chunks and steps would fill a log with their lines, so that one is printed this often at
+# most, and for the first and the last of them.
 _LINE_PERIOD_S = 10.0
+# The loss of one step depends most on the noise levels that it drew.
+_LOSS_WINDOW = 100
 
 
 @dataclass
@@ -101,6 +105,39 @@ class PhaseTally:
         return max(0, self.done - self.phase.done) / seconds if seconds > 0 else 0.0
 
 
+@dataclass
+class TrainTally:
+    """What this run has trained so far, as text; steps of an earlier run do not count."""
+
+    steps_made: int = 0
+    seconds: float = 0.0
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=_LOSS_WINDOW))
+
+    def add(self, step: TrainStep) -> None:
+        """Count a step."""
+        self.steps_made += 1
+        self.seconds += step.seconds
+        self.losses.append(step.loss)
+
+    def state(self, step: TrainStep) -> str:
+        """Mean of the last losses, speed, and peak memory where it is known."""
+        parts = [f"loss {sum(self.losses) / len(self.losses):.4f}"]
+        if self.seconds > 0:
+            rate = self.steps_made / self.seconds
+            parts.append(f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step")
+        if step.peak_memory_mib is not None:
+            parts.append(f"peak {step.peak_memory_mib:.0f} MiB")
+        return ", ".join(parts)
+
+    def line(self, step: TrainStep) -> str:
+        """One line about the training after a step, and the time that the rest will take."""
+        line = f"step {step.step}/{step.num_steps}: {self.state(step)}"
+        steps_left = step.num_steps - step.step
+        if steps_left <= 0 or self.seconds <= 0:
+            return line
+        return f"{line}, {_clock(steps_left * self.seconds / self.steps_made)} left"
+
+
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
@@ -119,7 +156,7 @@ def show_progress(*, quiet: bool = False, console: Console | None = None) -> Ite
     if quiet:
         yield _ignore
     elif not console.is_terminal:
-        yield _plain_reporter(console)
+        yield LineReporter(console)
     else:
         bars = Progress(
             TextColumn("{task.description}"),
@@ -139,35 +176,58 @@ def _ignore(_event: Event) -> None:
     """Take an event and show nothing."""
 
 
-def _plain_reporter(console: Console) -> Callable[[Event], None]:
-    tally = Tally()
-    next_line_s = 0.0
-    phase: PhaseTally | None = None
-    next_phase_line_s = 0.0
+@dataclass
+class _Pace:
+    """Lets a line pass every ten seconds, on any clock, and the last one."""
 
-    def report(event: Event) -> None:
-        nonlocal next_line_s, phase, next_phase_line_s
+    next_s: float = 0.0
+
+    def is_due(self, now_s: float, *, is_last: bool) -> bool:
+        if now_s < self.next_s and not is_last:
+            return False
+        self.next_s = now_s + _LINE_PERIOD_S
+        return True
+
+
+class LineReporter:
+    """Prints events as plain lines, not more than a log can bear."""
+
+    def __init__(self, console: Console) -> None:
+        """Take the console to print on."""
+        self._console = console
+        self._phase: PhaseTally | None = None
+        self._phase_pace = _Pace()
+        self._chunks, self._chunk_pace = Tally(), _Pace()
+        self._training, self._training_pace = TrainTally(), _Pace()
+
+    def __call__(self, event: Event) -> None:
+        """Show one event."""
         if isinstance(event, Note):
-            _print_line(console, event.text)
+            _print_line(self._console, event.text)
         elif isinstance(event, PhaseStarted):
-            phase = PhaseTally(event, time.monotonic(), event.done)
-            next_phase_line_s = phase.started_s + _LINE_PERIOD_S
+            self._phase = PhaseTally(event, time.monotonic(), event.done)
+            self._phase_pace = _Pace(self._phase.started_s + _LINE_PERIOD_S)
         elif isinstance(event, PhaseAdvanced):
-            if phase is not None:
-                phase.advance(event.done)
-                if event.done == phase.phase.total or time.monotonic() >= next_phase_line_s:
-                    next_phase_line_s = time.monotonic() + _LINE_PERIOD_S
-                    _print_line(console, phase.line())
+            self._advance(event.done)
         elif isinstance(event, ChunkStarted):
-            tally.num_chunks = event.num_chunks
+            self._chunks.num_chunks = event.num_chunks
         elif isinstance(event, ChunkDone):
-            tally.add(event)
-            is_last = event.chunk_index + 1 == tally.num_chunks
-            if tally.seconds >= next_line_s or is_last:
-                next_line_s = tally.seconds + _LINE_PERIOD_S
-                _print_line(console, tally.chunk_line(event))
+            self._chunks.add(event)
+            is_last = event.chunk_index + 1 == self._chunks.num_chunks
+            if self._chunk_pace.is_due(self._chunks.seconds, is_last=is_last):
+                _print_line(self._console, self._chunks.chunk_line(event))
+        elif isinstance(event, TrainStep):
+            self._training.add(event)
+            is_last = event.step == event.num_steps
+            if self._training_pace.is_due(self._training.seconds, is_last=is_last):
+                _print_line(self._console, self._training.line(event))
 
-    return report
+    def _advance(self, done: int) -> None:
+        if self._phase is None:
+            return
+        self._phase.advance(done)
+        if self._phase_pace.is_due(time.monotonic(), is_last=done == self._phase.phase.total):
+            _print_line(self._console, self._phase.line())
 
 
 def _print_line(console: Console, text: str) -> None:
@@ -176,16 +236,17 @@ def _print_line(console: Console, text: str) -> None:
 
 
 class BarReporter:
-    """Draws events as a bar over chunks and a bar over the steps of the current chunk."""
+    """Draws events as bars: over chunks and the steps of the current one, a phase, a training."""
 
     def __init__(self, bars: Progress) -> None:
-        """Take running bars; the two tasks appear with the first chunk."""
+        """Take running bars; tasks appear with the first event that needs them."""
         self._bars = bars
         self._tally = Tally()
         self._started: ChunkStarted | None = None
         self._chunks: TaskID | None = None
         self._steps: TaskID | None = None
         self._phase: tuple[PhaseTally, TaskID] | None = None
+        self._training: tuple[TrainTally, TaskID] | None = None
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
@@ -206,11 +267,24 @@ class BarReporter:
                 tally, task = self._phase
                 tally.advance(event.done)
                 self._bars.update(task, completed=event.done, speed=tally.speed())
+        elif isinstance(event, TrainStep):
+            self._train(event)
         elif self._chunks is not None:
             self._tally.add(event)
             self._bars.update(
                 self._chunks, completed=event.chunk_index + 1, speed=self._tally.speed()
             )
+
+    def _train(self, step: TrainStep) -> None:
+        if self._training is None:
+            # A resumed training starts its bar where the earlier one stopped, which is no speed.
+            task = self._bars.add_task(
+                "training", total=step.num_steps, completed=step.step - 1, speed=""
+            )
+            self._training = TrainTally(), task
+        tally, task = self._training
+        tally.add(step)
+        self._bars.update(task, completed=step.step, speed=tally.state(step))
 
     def _step(self, steps_done: int) -> None:
         if self._started is None or self._chunks is None or self._steps is None:

@@ -45,12 +45,12 @@ from everanimate_cli.pose_folder import (
     publish_files,
     read_state,
 )
+from everanimate_cli.records import option_name
 from everanimate_cli.runs import ExtractFolder
 from everanimate_cli.settings import (
     CANVAS_MULTIPLE,
     HUB_PRESET,
     ExtractSettings,
-    option_name,
     run_folder,
 )
 from everanimate_cli.tracking import Tracks

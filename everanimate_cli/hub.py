@@ -24,14 +24,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from everanimate_cli.errors import SettingsError, WeightsError
 from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.preflight import check_lora, check_model
-from everanimate_cli.settings import (
-    HUB_MODEL,
-    TOY_MODEL,
-    HubId,
-    LoraSpec,
-    read_model_defaults,
-    split_hub_id,
-)
+from everanimate_cli.records import HubId, LoraSpec, split_hub_id
+from everanimate_cli.settings import HUB_MODEL, TOY_MODEL, read_model_defaults
 from everanimate_cli.weights import (
     NETWORKS,
     TOKENIZER_SUFFIXES,
@@ -111,13 +105,20 @@ def locate_model(model: str, on_event: OnEvent, *, download: bool = True) -> Mod
     return ModelSource(folder=folder, defaults=defaults, name=model, revision=revision)
 
 
-def locate_lora(spec: LoraSpec, on_event: OnEvent | None = None, *, download: bool = True) -> Path:
+def locate_lora(
+    spec: LoraSpec,
+    on_event: OnEvent | None = None,
+    *,
+    download: bool = True,
+    option: str = "--lora",
+) -> Path:
     """Find a LoRA file, downloading it if it is on the Hub and not yet in the local cache.
 
     Args:
         spec: A .safetensors file or a Hub id `owner/name/path/to/file.safetensors[@revision]`.
         on_event: Told how far a download is.
         download: False refuses what is not in the cache.
+        option: That names it, for errors.
 
     Returns:
         The file; its keys are not checked yet.
@@ -127,12 +128,12 @@ def locate_lora(spec: LoraSpec, on_event: OnEvent | None = None, *, download: bo
         WeightsError: If it is nowhere to be had; lists the repository's files if it names none.
         OSError: If the disk is full.
     """
-    check_lora(spec)
+    check_lora(spec, option)
     path = Path(spec.source)
     hub_id = split_hub_id(spec.source)
     if hub_id is None or path.exists():
         return path
-    label = f"--lora {spec.source}"
+    label = f"{option} {spec.source}"
     _check_repository_name(label, hub_id)
     revision = _default_revision(hub_id)
     if hub_id.path:

@@ -4,7 +4,6 @@ Everything but `load_lora` and `fuse_lora` works on names and shapes and imports
 numpy, so that a file that does not fit is refused before the first heavy import.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from everanimate_cli.errors import WeightsError
+from everanimate_cli.safetensors_header import read_tensor_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -23,7 +23,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 LORA_TARGET_PATTERN = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 
 _NUM_LISTED = 3  # keys that an error message names before it counts the rest
-_MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 
 # Module names of diffusers, and of the original Wan code that most LoRA files use. Read from top
 # to bottom, the first match counts.
@@ -89,40 +88,6 @@ class LoraUpdate:
     parameter: str
     keys: tuple[str, ...]
     alpha_key: str | None = None
-
-
-def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Read names and shapes from the header of a safetensors file.
-
-    Args:
-        path: A complete safetensors file.
-
-    Returns:
-        Shape by tensor name, in the order of the file.
-
-    Raises:
-        WeightsError: If the file is missing, of another format or cut short.
-    """
-    try:
-        with path.open("rb") as file:
-            header_size = int.from_bytes(file.read(8), "little")
-            if header_size > _MAX_HEADER_BYTES:
-                raise ValueError(f"a header of {header_size} bytes")
-            header: dict[str, dict[str, list[int]]] = json.loads(file.read(header_size))
-        header.pop("__metadata__", None)
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
-        data_size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        file_size = path.stat().st_size
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} is not a safetensors file. Give one.") from error
-    if file_size != 8 + header_size + data_size:
-        raise WeightsError(
-            f"{path} has {file_size} bytes where its header announces "
-            f"{8 + header_size + data_size}. Download it again."
-        )
-    return shapes
 
 
 def plan_lora(path: Path, network_shapes: Shapes) -> list[LoraUpdate]:

@@ -1,15 +1,13 @@
 """Flow matching and restorative flow matching: training pairs, targets, loss."""
 
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor
 
 from everanimate_cli.schedule import TrainingSchedule
-
-# How strongly the target leads from the degraded trajectory back to the clean end.
-Correction = Literal["gaussian", "exact", "constant"]
+from everanimate_cli.train_settings import Correction
 
 
 @dataclass(frozen=True, kw_only=True)

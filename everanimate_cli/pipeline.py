@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     )
 
 
+_MIB = 2**20
+
+
 @dataclass(frozen=True, kw_only=True)
 class Conditioning:
     """Everything that is constant over the steps of one chunk, ready for the network.
@@ -294,6 +297,18 @@ class AnimatePipeline:
         assert given.blank_face_tokens is not None
         unguided = run(given.negative_prompt_embeds, given.blank_face_tokens)
         return unguided + guidance_scale * (velocity - unguided)
+
+
+def peak_memory_mib(device: torch.device) -> float | None:
+    """Most memory used so far: of the card, or else of this process; None where nobody tells."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MIB
+    try:
+        import resource  # noqa: PLC0415  # absent on Windows
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (_MIB if platform.system() == "Darwin" else 1024)
 
 
 def _convolve_with_onednn(vae: AutoencoderKLWan) -> None:

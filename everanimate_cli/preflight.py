@@ -2,11 +2,15 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 from everanimate_cli.errors import InputError, SettingsError, WeightsError
+from everanimate_cli.manifest import read_dataset
 from everanimate_cli.model_table import check_models
+from everanimate_cli.records import LoraSpec, option_name, split_hub_id
 from everanimate_cli.runs import ExtractFolder, RunFolder
+from everanimate_cli.safetensors_header import read_tensor_shapes
 from everanimate_cli.settings import (
     CANVAS_MULTIPLE,
     DEFAULT_POSE_MODEL,
@@ -16,11 +20,9 @@ from everanimate_cli.settings import (
     AnimateSettings,
     DemoSettings,
     ExtractSettings,
-    LoraSpec,
-    option_name,
     run_folder,
-    split_hub_id,
 )
+from everanimate_cli.train_settings import TrainSettings
 
 DRIVING_FILES = ("pose.mp4", "face.mp4", "extract.json")
 # All that an extraction may make, in the order in which it gets its place: with the last file the
@@ -35,6 +37,12 @@ POSE_FOLDER_FILES = (
 )
 _MAX_NAME_BYTES = 255  # of the usual file systems
 _DRIVING_ADVICE = "Give a video or a folder made by extract-pose, or --pose and --face."
+# What lies in the folder of a training; beside it may be anything.
+_TRAINING_FILE = re.compile(
+    r"run\.json|lock|train\.json|lora\.safetensors|checkpoint-\d+\.safetensors"
+)
+# The matrix that brings a layer down to the rank, in any naming.
+_DOWN_MATRIX = re.compile(r".+\.(lora_A|lora_down)(\.[^.]+)?\.weight")
 _EXTRACT_OPTIONS = ("pose_model", "detector", "person", "select", "retarget", "pose_folder")
 
 
@@ -127,6 +135,81 @@ def check_extract(settings: ExtractSettings, *, lists_only: bool = False) -> Non
             f"--output {output} holds {present[0]}. "
             "Add --overwrite to replace it, or give another folder."
         )
+
+
+def check_train(settings: TrainSettings) -> None:
+    """Refuse a training whose inputs are missing or whose folder cannot be written.
+
+    Videos are not opened yet, and only a LoRA that lies on this machine is looked into.
+
+    Raises:
+        InputError: If a file or folder is missing, empty, of the wrong kind or in the way.
+        SettingsError: If the model's name fits nothing, or an option does not fit the inputs.
+        WeightsError: If the model's folder is no checkpoint, or the LoRA is none.
+    """
+    entries = read_dataset(settings.dataset)
+    if settings.validation is not None:
+        try:
+            entries += read_dataset(settings.validation)
+        except InputError as error:
+            raise InputError(str(error).replace("DATASET", "--validation", 1)) from error
+    check_model(settings.model)
+    if settings.init is not None:
+        _check_init(settings.init, settings.rank)
+    if any(entry.pose is None and entry.pose_folder is None for entry in entries):
+        _check_new_folder("--pose-folder", settings.pose_folder or settings.default_pose_folder)
+        check_models(settings.pose_model or DEFAULT_POSE_MODEL, settings.detector)
+    else:
+        for name in ("pose_model", "detector", "pose_folder"):
+            if getattr(settings, name) is not None:
+                raise SettingsError(
+                    f"{option_name(name)} {getattr(settings, name)} has no effect: "
+                    "all videos bring their poses. Leave it out."
+                )
+    if settings.latent_cache is not None:
+        _check_new_folder("--latent-cache", settings.latent_cache)
+    _check_train_output(settings.output or settings.default_output, settings)
+
+
+def _check_init(source: str, rank: int) -> None:
+    check_lora(LoraSpec(source), "--init")
+    path = Path(source)
+    if not path.exists():  # on the Hub
+        return
+    try:
+        shapes = read_tensor_shapes(path)
+    except WeightsError as error:
+        raise WeightsError(f"--init {error}") from error
+    ranks = sorted({shape[0] for key, shape in shapes.items() if _DOWN_MATRIX.fullmatch(key)})
+    if not ranks:
+        raise WeightsError(
+            f"--init {source} is no LoRA: none of its {len(shapes)} tensors is a low-rank matrix. "
+            "Give a file made by LoRA training."
+        )
+    if ranks != [rank]:
+        found = " and ".join(str(each) for each in ranks)
+        raise SettingsError(
+            f"--init {source} has rank {found}, not {rank}. Give --rank {ranks[-1]}."
+        )
+
+
+def _check_train_output(output: Path, settings: TrainSettings) -> None:
+    if len(os.fsencode(output.name)) > _MAX_NAME_BYTES:
+        raise InputError(f"--output {output} has too long a name. Give a shorter one.")
+    if output.suffix == ".safetensors" and not output.exists():
+        raise InputError(
+            f"--output {output} is to be a folder. Give a name without {output.suffix}."
+        )
+    _check_new_folder("--output", output)
+    if not output.is_dir():
+        return
+    names = sorted(path.name for path in output.iterdir())
+    if names and not any(_TRAINING_FILE.fullmatch(name) for name in names):
+        raise InputError(
+            f"--output {output} holds {names[0]}, but no training. Give another folder."
+        )
+    if "lora.safetensors" in names and not (settings.resume or settings.overwrite):
+        raise output_exists(output)
 
 
 def default_pose_folder(output: Path, video: Path) -> Path:
@@ -299,25 +382,30 @@ def check_model(model: str) -> None:
         )
 
 
-def check_lora(lora: LoraSpec) -> None:
+def check_lora(lora: LoraSpec, option: str = "--lora") -> None:
     """Refuse a LoRA that can be neither a file nor one on the Hub; asks no network.
+
+    Args:
+        lora: As given.
+        option: That names it, for errors.
 
     Raises:
         InputError: If the file is missing, empty or of another kind.
     """
     path = Path(lora.source)
-    advice = "Give a .safetensors file or a Hub id, with its strength as FILE=SCALE."
+    advice = "Give a .safetensors file or a Hub id"
+    advice += ", with its strength as FILE=SCALE." if option == "--lora" else "."
     if path.exists():
-        _check_file("--lora", path, advice)
+        _check_file(option, path, advice)
         if path.suffix != ".safetensors":
-            raise InputError(f"--lora {lora.source} is not a .safetensors file. {advice}")
+            raise InputError(f"{option} {lora.source} is not a .safetensors file. {advice}")
         return
     hub_id = split_hub_id(lora.source)
     # owner/name.safetensors is a file that is missing: a repository is not called so.
     if hub_id is None or (not hub_id.path and path.suffix == ".safetensors"):
-        raise InputError(f"--lora {lora.source} does not exist. {advice}")
+        raise InputError(f"{option} {lora.source} does not exist. {advice}")
     if hub_id.path and not hub_id.path.endswith(".safetensors"):
-        raise InputError(f"--lora {lora.source} is not a .safetensors file. {advice}")
+        raise InputError(f"{option} {lora.source} is not a .safetensors file. {advice}")
 
 
 def _check_output(output: Path, *, may_replace: bool) -> None:
@@ -367,20 +455,27 @@ def _is_settings_file(path: Path) -> bool:
 
 
 def _check_png_folder(folder: Path, *, may_replace: bool) -> None:
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"--png {folder} is a file. Give a folder.")
-    if not folder.parent.is_dir():
-        raise InputError(
-            f"--png {folder} cannot be made: the folder {folder.parent} does not exist."
-        )
-    writable = folder if folder.is_dir() else folder.parent
-    if not os.access(writable, os.W_OK | os.X_OK):
-        raise InputError(
-            f"--png {folder} cannot be written: the folder {writable} is not writable. "
-            "Give another path."
-        )
+    _check_new_folder("--png", folder)
     if folder.is_dir() and not may_replace and any(folder.iterdir()):
         raise InputError(
             f"--png {folder} is not empty. Add --overwrite to write into it, "
             "or give another folder."
+        )
+
+
+def _check_new_folder(label: str, folder: Path) -> None:
+    """Refuse what is no folder that can be written to, and cannot be made one."""
+    # A link to nowhere does not exist, and yet is in the way.
+    if not folder.is_dir() and (folder.exists() or folder.is_symlink()):
+        raise InputError(f"{label} {folder} is a file. Give a folder.")
+    if not folder.parent.is_dir():
+        raise InputError(
+            f"{label} {folder} cannot be made: the folder {folder.parent} does not exist. "
+            "Make it first, or give another path."
+        )
+    writable = folder if folder.is_dir() else folder.parent
+    if not os.access(writable, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{label} {folder} cannot be written: the folder {writable} is not writable. "
+            "Give another path."
         )

@@ -1,20 +1,25 @@
-"""Every option with its default, in one frozen dataclass per command, to and from JSON.
+"""Every option of `animate`, `extract-pose` and `demo` with its default, and a model's defaults.
 
 An option of the command line, a field here and a key in JSON have one name; only dash and
 underscore differ. None means "as the model, the memory mode or the driving motion says";
 `resolve` fills that in once the model is known.
 """
 
-import json
-import math
-import re
-from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal
 
-from everanimate_cli.errors import InputError, SettingsError, WeightsError
+from everanimate_cli.errors import SettingsError, WeightsError
+from everanimate_cli.records import (
+    THIS_RUN,
+    LoraSpec,
+    Options,
+    Record,
+    decode_time,
+    parse_size,
+    read_json_object,
+)
 
 Memory = Literal["latent", "pixel", "sink"]
 ClipImage = Literal["previous", "reference"]
@@ -39,7 +44,6 @@ CANVAS_MULTIPLE = 16  # sides of a pose video: VAE stride 8 times patch size 2
 DEFAULT_POSE_MODEL = "rtmw"
 MAX_CRF = 51  # the coarsest quality of x264 and x265
 
-_POSITIONAL = {"ref": "REF", "driving": "DRIVING", "directory": "DIR", "video": "VIDEO"}
 # Options of which only one makes sense: one on the command line makes void what a file says.
 _DISPLACES = {
     "minutes": ("seconds", "frames"),
@@ -49,38 +53,6 @@ _DISPLACES = {
     "pose": ("driving",),
     "face": ("driving",),
 }
-_LEAST = {
-    "body_threshold": 0,
-    "crf": 0,
-    "detect_every": 1,
-    "face_hold": 0,
-    "face_scale": 0.1,
-    "face_size": 1,
-    "frames": 1,
-    "frames_per_chunk": 1 + TEMPORAL_STRIDE,
-    "guidance_scale": 1,
-    "hand_threshold": 0,
-    "height": 1,
-    "identity_slots": 1,
-    "max_gap": 0,
-    "num_inference_steps": 1,
-    "overlap": 1,
-    "person": 0,
-    "seed": 0,
-    "start": 0,
-    "steps": 1,
-    "template_frame": 0,
-    "threads": 1,
-    "width": 1,
-}
-_ABOVE_ZERO = ("end", "fps", "minutes", "seconds", "shift")
-# Options about this one run: a saved file must not overwrite anything when it is run again.
-_THIS_RUN = {"this_run": True}
-
-
-def option_name(name: str) -> str:
-    """How a field is written on the command line: `--frames-per-chunk`, or `REF`."""
-    return _POSITIONAL.get(name) or "--" + name.replace("_", "-")
 
 
 def run_folder(output: Path) -> Path:
@@ -88,244 +60,48 @@ def run_folder(output: Path) -> Path:
     return output.with_name(output.name + ".run")
 
 
-def parse_time(text: str) -> float:
-    """Seconds from "12.5", "1:02.5" or "1:00:02.5".
+def check_frames_per_chunk(record: Record, frames_per_chunk: int | None) -> None:
+    """Refuse a number of frames that the VAE cannot make.
+
+    Args:
+        record: What the number belongs to; names it in the error.
+        frames_per_chunk: None passes.
 
     Raises:
-        ValueError: If the text is not such a time; after a colon 60 and more are refused.
+        SettingsError: With the neighbours that fit.
     """
-    match = re.fullmatch(r"(?:(?:(\d+):)?([0-5]?\d):(?=[0-5]?\d(?!\d)))?(\d+(?:\.\d*)?)", text)
-    if match is None:
-        raise ValueError(f"{text} is not a time")
-    hours, minutes, seconds = (float(part or 0) for part in match.groups())
-    return hours * 3600 + minutes * 60 + seconds
+    if frames_per_chunk is not None and frames_per_chunk % TEMPORAL_STRIDE != 1:
+        lower = frames_per_chunk - (frames_per_chunk - 1) % TEMPORAL_STRIDE
+        raise SettingsError(
+            f"{record.label('frames_per_chunk')} {frames_per_chunk} is not 4n+1. "
+            f"Give {lower} or {lower + TEMPORAL_STRIDE}."
+        )
 
 
-def parse_size(text: str) -> tuple[int, int] | None:
-    """(height, width) from "WIDTHxHEIGHT"; None for "auto".
-
-    Raises:
-        ValueError: If the text is neither.
-    """
-    if text == "auto":
-        return None
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise ValueError(f"{text} is not a size")
-    return int(match[2]), int(match[1])
+def _check_chunk(record: Record, frames_per_chunk: int | None, overlap: int | None) -> None:
+    check_frames_per_chunk(record, frames_per_chunk)
+    if frames_per_chunk is not None and overlap is not None and overlap >= frames_per_chunk:
+        raise SettingsError(
+            f"{record.label('overlap')} {overlap} is not below "
+            f"{record.label('frames_per_chunk')} {frames_per_chunk}."
+        )
 
 
-@dataclass(frozen=True)
-class LoraSpec:
-    """One LoRA and its strength, written `SOURCE` or `SOURCE=SCALE`.
-
-    Attributes:
-        source: A .safetensors file, or on the Hub `owner/name/path/to/file[@revision]`.
-        scale: Factor on the LoRA's update; 1 is as trained.
-    """
-
-    source: str
-    scale: float = 1.0
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read a LoRA as the command line and JSON write it.
-
-        Only a finite number after the last "=" is a scale; any other "=" belongs to the source.
-
-        Raises:
-            ValueError: If the source is empty.
-        """
-        source, _, tail = text.rpartition("=")
-        try:
-            scale = float(tail) if source else math.nan
-        except ValueError:
-            scale = math.nan
-        if not text or text.startswith("="):
-            raise ValueError(f"{text} is not a LoRA")
-        return cls(source, scale) if math.isfinite(scale) else cls(text)
-
-    def __str__(self) -> str:
-        """The form that `parse` reads back to the same LoRA."""
-        # A source that ends like "=1" would be taken for a scale, so it always carries its own.
-        if LoraSpec.parse(self.source) == self:
-            return self.source
-        return f"{self.source}={self.scale!r}"
-
-
-class HubId(NamedTuple):
-    """A place on the Hub, written `owner/name[/path][@revision]`.
-
-    Attributes:
-        repository: `owner/name`.
-        path: Of a file in the repository, or "".
-        revision: Branch, tag or commit hash; None where none is named.
-    """
-
-    repository: str
-    path: str = ""
-    revision: str | None = None
-
-
-def split_hub_id(text: str) -> HubId | None:
-    """The parts of a Hub id; None for anything else.
-
-    What starts with "." or "~" is a path; so is what has an empty part, such as "/absolute".
-    """
-    pattern = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([^@]*))?(?:@([\w./-]+))?"
-    match = re.fullmatch(pattern, text)
-    return HubId(match[1], match[2] or "", match[3]) if match else None
-
-
-# Field type -> (JSON types that fit, what an error asks for). A bool never passes for a number.
-_JSON_TYPES: dict[Any, tuple[tuple[type, ...], str]] = {
-    Path: ((str, Path), "a path"),
-    LoraSpec: ((str,), "a LoRA. Write FILE or FILE=SCALE"),
-    str: ((str,), "text"),
-    bool: ((bool,), "true or false"),
-    int: ((int,), "a whole number"),
-    float: ((int, float), "a number"),
-}
-
-
-class _UnfitError(ValueError):
-    """A value that cannot become what its field holds."""
-
-    def __init__(self, value: object, wanted: str) -> None:
-        shown = value if isinstance(value, str | Path) else json.dumps(value, ensure_ascii=False)
-        super().__init__(f"{shown} is not {wanted}.")
-
-
-def _without_none(hint: Any) -> Any:
-    """`int` for `int | None`; other types as they are."""
-    kinds = get_args(hint)
-    return next(kind for kind in kinds if kind is not NoneType) if NoneType in kinds else hint
-
-
-def _decode(hint: Any, value: object) -> Any:
-    """Turn a JSON or command-line value into what a field of type `hint` holds."""
-    if value is None and NoneType in get_args(hint):
-        return None
-    hint = _without_none(hint)
-    if get_origin(hint) is tuple:
-        if not isinstance(value, list):
-            raise _UnfitError(value, "a list")
-        return tuple(_decode(get_args(hint)[0], item) for item in value)
-    if get_origin(hint) is Literal:
-        hint = str
-    json_types, wanted = _JSON_TYPES[hint]
-    if not isinstance(value, json_types) or (isinstance(value, bool) and hint is not bool):
-        raise _UnfitError(value, wanted)
-    try:
-        return LoraSpec.parse(str(value)) if hint is LoraSpec else hint(value)
-    except (ValueError, OverflowError) as error:
-        raise _UnfitError(value, wanted) from error
-
-
-def _decode_time(value: object) -> object:
-    try:
-        return parse_time(value) if isinstance(value, str) else value
-    except ValueError as error:
-        wanted = "a time. Write seconds (12.5) or minutes:seconds (1:02.5)"
-        raise _UnfitError(value, wanted) from error
+def _check_latent_overlap(record: Record, overlap: int | None) -> None:
+    if overlap is not None and overlap % TEMPORAL_STRIDE != 0:
+        lower = overlap // TEMPORAL_STRIDE * TEMPORAL_STRIDE
+        choices = f"{lower} or {lower + TEMPORAL_STRIDE}" if lower else str(TEMPORAL_STRIDE)
+        raise SettingsError(
+            f"{record.label('overlap')} {overlap} is not a multiple of 4. Give {choices}."
+        )
 
 
 def _decode_lora(value: object) -> object:
     return [] if value == ["none"] else value
 
 
-def _encode(value: object) -> object:
-    if isinstance(value, tuple):
-        return [_encode(item) for item in value]
-    return str(value) if isinstance(value, Path | LoraSpec) else value
-
-
-def _refuse_unknown(data: Mapping[str, object], known: Collection[str], where: str = "") -> None:
-    unknown = ", ".join(f"'{key}'" for key in data if key not in known)
-    if unknown:
-        raise SettingsError(f"{where}{unknown} is unknown. Known: {', '.join(sorted(known))}.")
-
-
 @dataclass(frozen=True, kw_only=True)
-class _Record:
-    """A frozen dataclass that checks its single values and lives in JSON."""
-
-    def __post_init__(self) -> None:
-        for name, hint in get_type_hints(type(self)).items():
-            self._check_value(name, _without_none(hint), getattr(self, name))
-
-    @staticmethod
-    def _label(name: str) -> str:
-        """How an error names a field."""
-        return name
-
-    def _check_value(self, name: str, hint: Any, value: object) -> None:
-        if value is None:
-            return
-        label = f"{self._label(name)} {value}"
-        if get_origin(hint) is Literal and value not in get_args(hint):
-            raise SettingsError(f"{label} is unknown. Known: {', '.join(get_args(hint))}.")
-        if isinstance(value, int | float):
-            if not math.isfinite(value):
-                raise SettingsError(f"{label} is not a finite number.")
-            if name in _LEAST and value < _LEAST[name]:
-                raise SettingsError(f"{label} is too small. Give {_LEAST[name]} or more.")
-            if name in _ABOVE_ZERO and value <= 0:
-                raise SettingsError(f"{label} is too small. Give a number above 0.")
-
-    def _check_chunk(self, frames_per_chunk: int | None, overlap: int | None) -> None:
-        label = f"{self._label('frames_per_chunk')} {frames_per_chunk}"
-        if frames_per_chunk is not None and frames_per_chunk % TEMPORAL_STRIDE != 1:
-            lower = frames_per_chunk - (frames_per_chunk - 1) % TEMPORAL_STRIDE
-            raise SettingsError(f"{label} is not 4n+1. Give {lower} or {lower + TEMPORAL_STRIDE}.")
-        if frames_per_chunk is not None and overlap is not None and overlap >= frames_per_chunk:
-            raise SettingsError(f"{self._label('overlap')} {overlap} is not below {label}.")
-
-    def _check_latent_overlap(self, overlap: int | None) -> None:
-        if overlap is not None and overlap % TEMPORAL_STRIDE != 0:
-            lower = overlap // TEMPORAL_STRIDE * TEMPORAL_STRIDE
-            choices = f"{lower} or {lower + TEMPORAL_STRIDE}" if lower else str(TEMPORAL_STRIDE)
-            raise SettingsError(
-                f"{self._label('overlap')} {overlap} is not a multiple of 4. Give {choices}."
-            )
-
-    @classmethod
-    def saved_names(cls) -> list[str]:
-        """The fields that JSON holds: all but those about one run, such as `overwrite`."""
-        return [item.name for item in fields(cls) if "this_run" not in item.metadata]
-
-    def to_json(self) -> dict[str, object]:
-        """What shapes the result, ready for `json.dump`; see `saved_names`."""
-        return {name: _encode(getattr(self, name)) for name in self.saved_names()}
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, object]) -> Self:
-        """Settings from JSON, or from the command line's options in the same form.
-
-        Args:
-            data: Field name -> value; a missing one keeps its default.
-
-        Raises:
-            SettingsError: If a key is unknown, a needed one is missing, or a value cannot work.
-        """
-        _refuse_unknown(data, [item.name for item in fields(cls)])
-        hints = get_type_hints(cls)
-        values = {}
-        for item in fields(cls):
-            label = cls._label(item.name)
-            if item.name in data:
-                try:
-                    value = item.metadata.get("decode", lambda same: same)(data[item.name])
-                    values[item.name] = _decode(hints[item.name], value)
-                except _UnfitError as error:
-                    raise SettingsError(f"{label} {error}") from error
-            elif item.default is MISSING:
-                raise SettingsError(f"{label} is missing.")
-        return cls(**values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelDefaults(_Record):
+class ModelDefaults(Record):
     """What a model was trained for: the content of `everanimate.json` in its folder.
 
     Attributes:
@@ -343,6 +119,17 @@ class ModelDefaults(_Record):
         lora: LoRAs that belong to the model, written as on the command line.
         pose_model: Who estimates the poses of a raw driving video.
     """
+
+    LEAST: ClassVar = {
+        "face_size": 1,
+        "frames_per_chunk": 1 + TEMPORAL_STRIDE,
+        "height": 1,
+        "identity_slots": 1,
+        "num_inference_steps": 1,
+        "overlap": 1,
+        "width": 1,
+    }
+    ABOVE_ZERO: ClassVar = ("fps", "shift")
 
     fps: float
     width: int
@@ -365,8 +152,8 @@ class ModelDefaults(_Record):
             SettingsError: Naming the key and the value.
         """
         super().__post_init__()
-        self._check_chunk(self.frames_per_chunk, self.overlap)
-        self._check_latent_overlap(self.overlap)
+        _check_chunk(self, self.frames_per_chunk, self.overlap)
+        _check_latent_overlap(self, self.overlap)
 
 
 # Method page section 5. The face size is that of the released motion encoder.
@@ -386,7 +173,7 @@ HUB_PRESET = ModelDefaults(
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnimateSettings(_Record):
+class AnimateSettings(Options):
     """What `everanimate animate` is asked to do.
 
     Attributes:
@@ -440,6 +227,21 @@ class AnimateSettings(_Record):
         dry_run: Whether only the plan is made.
     """
 
+    LEAST: ClassVar = {
+        "crf": 0,
+        "frames": 1,
+        "frames_per_chunk": 1 + TEMPORAL_STRIDE,
+        "guidance_scale": 1,
+        "identity_slots": 1,
+        "overlap": 1,
+        "person": 0,
+        "seed": 0,
+        "start": 0,
+        "steps": 1,
+    }
+    MOST: ClassVar = {"crf": MAX_CRF}
+    ABOVE_ZERO: ClassVar = ("end", "fps", "minutes", "seconds", "shift")
+
     ref: Path
     driving: Path | None = None
     pose: Path | None = None
@@ -448,8 +250,8 @@ class AnimateSettings(_Record):
     minutes: float | None = None
     seconds: float | None = None
     frames: int | None = None
-    start: float = field(default=0.0, metadata={"decode": _decode_time})
-    end: float | None = field(default=None, metadata={"decode": _decode_time})
+    start: float = field(default=0.0, metadata={"decode": decode_time})
+    end: float | None = field(default=None, metadata={"decode": decode_time})
     pose_model: str | None = None
     detector: str | None = None
     person: int | None = None
@@ -482,10 +284,10 @@ class AnimateSettings(_Record):
     png: Path | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
-    resume: bool = field(default=True, metadata=_THIS_RUN)
-    overwrite: bool = field(default=False, metadata=_THIS_RUN)
-    keep_run: bool = field(default=False, metadata=_THIS_RUN)
-    dry_run: bool = field(default=False, metadata=_THIS_RUN)
+    resume: bool = field(default=True, metadata=THIS_RUN)
+    overwrite: bool = field(default=False, metadata=THIS_RUN)
+    keep_run: bool = field(default=False, metadata=THIS_RUN)
+    dry_run: bool = field(default=False, metadata=THIS_RUN)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, alone or together.
@@ -496,13 +298,9 @@ class AnimateSettings(_Record):
         super().__post_init__()
         self._check_inputs()
         self._check_length()
-        self._check_chunk(self.frames_per_chunk, self.overlap)
+        _check_chunk(self, self.frames_per_chunk, self.overlap)
         self._check_memory()
         self._check_output()
-
-    @staticmethod
-    def _label(name: str) -> str:
-        return option_name(name)
 
     def _check_inputs(self) -> None:
         need = "Give a video or a folder made by extract-pose, or --pose and --face."
@@ -547,7 +345,7 @@ class AnimateSettings(_Record):
                 f"--carry-frames {self.carry_frames} works with --memory pixel only, "
                 f"not with {self.memory}."
             )
-        self._check_latent_overlap(self.overlap)
+        _check_latent_overlap(self, self.overlap)
         slots = self.identity_slots
         if slots is not None and len(self.view) >= slots:
             raise SettingsError(
@@ -588,8 +386,6 @@ class AnimateSettings(_Record):
                 ) from error
         if self.output is not None and self.output.suffix.lower() != ".mp4":
             raise SettingsError(f"--output {self.output} does not end in .mp4.")
-        if self.crf > MAX_CRF:
-            raise SettingsError(f"--crf {self.crf} is too large. Give {MAX_CRF} or less.")
 
     @property
     def default_output(self) -> Path:
@@ -639,7 +435,7 @@ class ResolvedSettings(AnimateSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractSettings(_Record):
+class ExtractSettings(Options):
     """What `everanimate extract-pose` is asked to do.
 
     Attributes:
@@ -683,10 +479,27 @@ class ExtractSettings(_Record):
         dry_run: Whether only the plan is made.
     """
 
+    LEAST: ClassVar = {
+        "body_threshold": 0,
+        "crf": 0,
+        "detect_every": 1,
+        "face_hold": 0,
+        "face_scale": 0.1,
+        "face_size": 1,
+        "hand_threshold": 0,
+        "max_gap": 0,
+        "person": 0,
+        "start": 0,
+        "template_frame": 0,
+        "threads": 1,
+    }
+    MOST: ClassVar = {"crf": MAX_CRF}
+    ABOVE_ZERO: ClassVar = ("end", "fps")
+
     video: Path
     output: Path | None = None
-    start: float = field(default=0.0, metadata={"decode": _decode_time})
-    end: float | None = field(default=None, metadata={"decode": _decode_time})
+    start: float = field(default=0.0, metadata={"decode": decode_time})
+    end: float | None = field(default=None, metadata={"decode": decode_time})
     fps: float = HUB_PRESET.fps
     size: str = f"{HUB_PRESET.width}x{HUB_PRESET.height}"
     fit: Fit = "contain"
@@ -715,9 +528,9 @@ class ExtractSettings(_Record):
     crf: int = 12
     lossless: bool = False
     preview: bool = False
-    resume: bool = field(default=True, metadata=_THIS_RUN)
-    overwrite: bool = field(default=False, metadata=_THIS_RUN)
-    dry_run: bool = field(default=False, metadata=_THIS_RUN)
+    resume: bool = field(default=True, metadata=THIS_RUN)
+    overwrite: bool = field(default=False, metadata=THIS_RUN)
+    dry_run: bool = field(default=False, metadata=THIS_RUN)
 
     def __post_init__(self) -> None:
         """Refuse values that cannot work, alone or together.
@@ -734,8 +547,6 @@ class ExtractSettings(_Record):
             raise SettingsError(
                 f"--size {self.size} is not a size. Write WIDTHxHEIGHT (832x480) or auto."
             ) from error
-        if self.crf > MAX_CRF:
-            raise SettingsError(f"--crf {self.crf} is too large. Give {MAX_CRF} or less.")
         exclusive = (("person", "select"), ("reference", "retarget"))
         for first, second in exclusive:
             values = getattr(self, first), getattr(self, second)
@@ -753,10 +564,6 @@ class ExtractSettings(_Record):
                 "--draw-mode native does not fit --retarget, which draws on the canvas."
             )
 
-    @staticmethod
-    def _label(name: str) -> str:
-        return option_name(name)
-
     @property
     def default_output(self) -> Path:
         """`<video>_pose` in the current folder."""
@@ -769,7 +576,7 @@ class ExtractSettings(_Record):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoSettings(_Record):
+class DemoSettings(Options):
     """What `everanimate demo` is asked to do.
 
     Attributes:
@@ -779,14 +586,13 @@ class DemoSettings(_Record):
         overwrite: Whether the files of an earlier demo may be replaced.
     """
 
+    LEAST: ClassVar = {"seed": 0}
+    ABOVE_ZERO: ClassVar = ("seconds",)
+
     directory: Path = Path("everanimate-demo")
     seconds: float = 10.0
     seed: int = 0
-    overwrite: bool = field(default=False, metadata=_THIS_RUN)
-
-    @staticmethod
-    def _label(name: str) -> str:
-        return option_name(name)
+    overwrite: bool = field(default=False, metadata=THIS_RUN)
 
     @property
     def output(self) -> Path:
@@ -808,7 +614,7 @@ def read_model_defaults(folder: Path) -> ModelDefaults:
     if not path.exists():
         return HUB_PRESET
     try:
-        return ModelDefaults.from_json(_read_object(path))
+        return ModelDefaults.from_json(read_json_object(path))
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read: {error}.") from error
     except SettingsError as error:
@@ -843,26 +649,6 @@ def resolve(settings: AnimateSettings, defaults: ModelDefaults) -> ResolvedSetti
     return ResolvedSettings(**values)
 
 
-def read_saved_options(path: Path) -> dict[str, object]:
-    """The options in a `--config` file: a JSON object, or its "settings" as saved with a result.
-
-    Raises:
-        InputError: If the file is missing or holds no JSON object.
-        SettingsError: If it names an option that `animate` does not have.
-    """
-    try:
-        content = _read_object(path)
-    except OSError as error:
-        raise InputError(f"--config {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise InputError(f"--config {path} cannot be read: {error}.") from error
-    saved = content.get("settings", content)
-    if not isinstance(saved, dict):
-        raise InputError(f"--config {path} cannot be read: its settings are not a JSON object.")
-    _refuse_unknown(saved, AnimateSettings.saved_names(), f"--config {path}: ")
-    return saved
-
-
 def combine(saved: Mapping[str, object], given: Mapping[str, object]) -> dict[str, object]:
     """Options of a file and of the command line together; the command line wins.
 
@@ -872,11 +658,3 @@ def combine(saved: Mapping[str, object], given: Mapping[str, object]) -> dict[st
     displaced = {name for option in given for name in _DISPLACES.get(option, ())}
     kept = {name: value for name, value in saved.items() if name not in displaced}
     return {**kept, **given}
-
-
-def _read_object(path: Path) -> dict[str, object]:
-    """A JSON object; ValueError says why a file holds none."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError("it holds no JSON object")
-    return content

@@ -34,15 +34,17 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from everanimate_cli.errors import SettingsError, WeightsError
-from everanimate_cli.lora import fuse_lora, plan_lora, read_tensor_shapes
+from everanimate_cli.lora import fuse_lora, plan_lora
 from everanimate_cli.pipeline import AnimatePipeline
+from everanimate_cli.records import LoraSpec
+from everanimate_cli.safetensors_header import read_tensor_shapes
 from everanimate_cli.settings import (
     TEMPORAL_STRIDE,
     Device,
     Dtype,
-    LoraSpec,
     ModelDefaults,
 )
+from everanimate_cli.train_settings import Checkpointing
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
 
 if TYPE_CHECKING:
@@ -133,6 +135,7 @@ class Geometry:
         face_size: Side of the face crops, in pixels.
         inner_dim: Channels of a token in the transformer.
         ffn_dim: Channels inside its feed-forward layers.
+        num_layers: Blocks of the transformer.
         decoder_channels: Of the VAE at full resolution.
     """
 
@@ -140,6 +143,7 @@ class Geometry:
     face_size: int
     inner_dim: int
     ffn_dim: int
+    num_layers: int
     decoder_channels: int
 
     def working_set_mib(
@@ -170,9 +174,40 @@ class Geometry:
         The factor 3.3 is the peak of live tensors in that call per token and channel, counted
         with fake tensors on the full-size network in bfloat16 from 480p to 720p; 2.9 in float32.
         """
-        num_slots = num_identity_slots + (frames_per_chunk - 1) // TEMPORAL_STRIDE + 1
-        num_tokens = num_slots * (height // self.size_multiple) * (width // self.size_multiple)
+        num_tokens = self._count_tokens(height, width, frames_per_chunk, num_identity_slots)
         return 3.3 * num_tokens * (self.inner_dim + self.ffn_dim) * dtype.itemsize / _MIB
+
+    def training_step_mib(
+        self,
+        height: int,
+        width: int,
+        frames_per_chunk: int,
+        num_identity_slots: int,
+        *,
+        dtype: torch.dtype,
+        checkpointing: Checkpointing,
+    ) -> float:
+        """Memory in MiB that one sample of LoRA training takes beside the weights, estimated.
+
+        What a block keeps for its backward pass, 11.6 per token and channel, and what is left of it
+        with checkpointing, 1.2 per token and inner channel with its share of the face adapters,
+        were counted on the full-size network; a fused attention keeps no scores.
+        """
+        num_tokens = self._count_tokens(height, width, frames_per_chunk, num_identity_slots)
+        block = 11.6 * num_tokens * (self.inner_dim + self.ffn_dim) * dtype.itemsize / _MIB
+        kept = {
+            "off": block * self.num_layers,
+            "on": block
+            + 1.2 * num_tokens * self.inner_dim * self.num_layers * dtype.itemsize / _MIB,
+            "offload": block,
+        }
+        return kept[checkpointing]
+
+    def _count_tokens(
+        self, height: int, width: int, frames_per_chunk: int, num_identity_slots: int
+    ) -> int:
+        num_slots = num_identity_slots + (frames_per_chunk - 1) // TEMPORAL_STRIDE + 1
+        return num_slots * (height // self.size_multiple) * (width // self.size_multiple)
 
     def decode_mib(self, height: int, width: int, frames_per_chunk: int) -> float:
         """Memory in MiB of decoding a chunk in float32, which is above encoding it; estimated.
@@ -244,6 +279,7 @@ def read_geometry(source: ModelSource) -> Geometry:
         face_size=int(transformer.motion_encoder_size),
         inner_dim=int(transformer.num_attention_heads) * int(transformer.attention_head_dim),
         ffn_dim=int(transformer.ffn_dim),
+        num_layers=int(transformer.num_layers),
         decoder_channels=int(vae.decoder_base_dim or vae.base_dim),
     )
 
@@ -552,6 +588,25 @@ def load_pipeline(
         image_processor=image_processor,
         device=device,
     )
+
+
+def load_transformer(
+    source: ModelSource, device: torch.device, dtype: torch.dtype
+) -> EverAnimateTransformer3DModel:
+    """Load the velocity network alone, for training from a latent cache.
+
+    Args:
+        source: From `hub.locate_model`; checked by `check_checkpoint`.
+        device: Where it goes.
+        dtype: As in `load_pipeline`.
+
+    Returns:
+        The network in evaluation mode, without gradients.
+    """
+    network = cast("EverAnimateTransformer3DModel", _load_network(source, "transformer", dtype))
+    if network.dtype == torch.float32:
+        network.merge_padding()  # as a pipeline does
+    return network.to(device)
 
 
 def load_image_processor(source: ModelSource) -> CLIPImageProcessor:

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, TypeVar
 from everanimate_cli.errors import EverAnimateError, InputError, RunError, SettingsError
 from everanimate_cli.images import atomic_path
 from everanimate_cli.preflight import output_exists
+from everanimate_cli.records import option_name
 from everanimate_cli.runs import WorkFolder
-from everanimate_cli.settings import option_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

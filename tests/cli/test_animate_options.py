@@ -24,7 +24,8 @@ from studio import DANCE_FPS, Animate, Outcome, dance_numbers, frames_of
 from tiny import INNER_DIM, write_tiny_checkpoint
 
 from everanimate_cli.cli import main
-from everanimate_cli.settings import AnimateSettings, option_name
+from everanimate_cli.records import option_name
+from everanimate_cli.settings import AnimateSettings
 
 # Two chunks, so that what the first hands to the second counts.
 LENGTH = ("--frames", "10")

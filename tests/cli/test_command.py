@@ -14,7 +14,8 @@ import pytest
 from everanimate_cli.cli import main
 from everanimate_cli.errors import RunError, WeightsError
 from everanimate_cli.events import ChunkDone, ChunkStarted, Note, OnEvent
-from everanimate_cli.settings import AnimateSettings, DemoSettings, LoraSpec
+from everanimate_cli.records import LoraSpec
+from everanimate_cli.settings import AnimateSettings, DemoSettings
 
 ANIMATE = ["animate", "anna.png", "dance"]
 

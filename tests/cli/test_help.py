@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from everanimate_cli.cli import ANIMATE_HELP, DEMO_HELP, EXTRACT_HELP, RUNS_HELP, main
-from everanimate_cli.settings import AnimateSettings, DemoSettings, ExtractSettings, option_name
+from everanimate_cli.records import option_name
+from everanimate_cli.settings import AnimateSettings, DemoSettings, ExtractSettings
 
 
 def help_page(*words: str, columns: int = 200) -> str:

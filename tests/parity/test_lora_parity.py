@@ -15,9 +15,9 @@ from everanimate_cli.lora import (
     fuse_lora,
     load_lora,
     plan_lora,
-    read_tensor_shapes,
     released_key,
 )
+from everanimate_cli.safetensors_header import read_tensor_shapes
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
 
 Golden = Callable[[str], dict[str, Tensor]]

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from everanimate_cli.objective import (
-    Correction,
     correction_weight,
     gate_degradation,
     training_pair,
@@ -20,6 +19,7 @@ from everanimate_cli.schedule import (
     TrainingSchedule,
     training_schedule,
 )
+from everanimate_cli.train_settings import Correction
 
 Golden = Callable[[str], dict[str, Tensor]]
 

@@ -9,15 +9,13 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from everanimate_cli.records import LoraSpec, parse_size, parse_time
 from everanimate_cli.settings import (
     HUB_PRESET,
     AnimateSettings,
     DemoSettings,
-    LoraSpec,
     ModelDefaults,
     combine,
-    parse_size,
-    parse_time,
     resolve,
 )
 

@@ -6,7 +6,7 @@ import pytest
 from rich.console import Console
 
 from everanimate_cli.console import Tally, show_progress
-from everanimate_cli.events import ChunkDone, ChunkStarted, Event, Note, StepDone
+from everanimate_cli.events import ChunkDone, ChunkStarted, Event, Note, StepDone, TrainStep
 
 
 def run_of_two_chunks(first: int = 0) -> list[Event]:
@@ -106,3 +106,69 @@ def test_notes_stand_above_the_bars_as_they_are_written() -> None:
 def test_the_chunk_bar_of_a_resumed_run_starts_where_the_last_one_stopped() -> None:
     started = ChunkStarted(chunk_index=2, num_chunks=4, num_steps=2)
     assert "2/4" in shown([started], terminal=True)
+
+
+def training(
+    num_steps: int, seconds: float, *, first: int = 1, peak_memory_mib: float | None = 700.4
+) -> list[Event]:
+    """Steps `first` to `num_steps`, whose losses fall from 0.5 by a thousandth."""
+    return [
+        TrainStep(
+            step=step,
+            num_steps=num_steps,
+            loss=0.5 - step / 1000,
+            learning_rate=1e-4,
+            seconds=seconds,
+            peak_memory_mib=peak_memory_mib,
+        )
+        for step in range(first, num_steps + 1)
+    ]
+
+
+def test_without_a_terminal_a_training_tells_of_itself_every_ten_seconds() -> None:
+    assert shown(training(60, 0.5), terminal=False) == (
+        "step 1/60: loss 0.4990, 2.0 steps/s, peak 700 MiB, 0:30 left\n"
+        "step 21/60: loss 0.4890, 2.0 steps/s, peak 700 MiB, 0:20 left\n"
+        "step 41/60: loss 0.4790, 2.0 steps/s, peak 700 MiB, 0:10 left\n"
+        "step 60/60: loss 0.4695, 2.0 steps/s, peak 700 MiB\n"
+    )
+
+
+def test_a_slow_training_is_told_in_seconds_per_step() -> None:
+    assert shown(training(3, 12.0, peak_memory_mib=None), terminal=False) == (
+        "step 1/3: loss 0.4990, 12.0 s/step, 0:24 left\n"
+        "step 2/3: loss 0.4985, 12.0 s/step, 0:12 left\n"
+        "step 3/3: loss 0.4980, 12.0 s/step\n"
+    )
+
+
+def test_the_loss_is_the_mean_of_the_last_hundred_steps() -> None:
+    last = shown(training(300, 0.01), terminal=False).splitlines()[-1]
+    # Of steps 201 to 300.
+    assert last == "step 300/300: loss 0.2495, 100.0 steps/s, peak 700 MiB"
+
+
+def test_a_resumed_training_counts_only_its_own_steps() -> None:
+    first = shown(training(30, 2.0, first=21), terminal=False).splitlines()[0]
+    assert first == "step 21/30: loss 0.4790, 2.0 s/step, peak 700 MiB, 0:18 left"
+
+
+def test_a_step_of_no_time_has_no_speed() -> None:
+    assert shown(training(1, 0.0, peak_memory_mib=None), terminal=False) == (
+        "step 1/1: loss 0.4990\n"
+    )
+
+
+def test_a_terminal_shows_a_bar_over_the_steps_of_a_training() -> None:
+    last = shown(training(40, 0.5, first=21), terminal=True).rpartition("training")[2]
+    assert "40/40" in last
+    assert "loss 0.4695, 2.0 steps/s, peak 700 MiB" in last
+
+
+def test_the_bar_of_a_resumed_training_starts_where_the_last_one_stopped() -> None:
+    page = shown(training(40, 0.5, first=21)[:1], terminal=True)
+    assert "21/40" in page
+
+
+def test_quiet_shows_no_training() -> None:
+    assert shown(training(3, 1.0), terminal=True, quiet=True) == ""

@@ -21,7 +21,8 @@ from everanimate_cli import hub as hub_module
 from everanimate_cli.errors import EverAnimateError, SettingsError, WeightsError
 from everanimate_cli.events import Event, Note
 from everanimate_cli.hub import locate_lora, locate_model
-from everanimate_cli.settings import HUB_MODEL, HUB_PRESET, LoraSpec, ModelDefaults
+from everanimate_cli.records import LoraSpec
+from everanimate_cli.settings import HUB_MODEL, HUB_PRESET, ModelDefaults
 from everanimate_cli.weights import (
     load_pipeline,
 )

@@ -16,9 +16,9 @@ from everanimate_cli.lora import (
     fuse_lora,
     load_lora,
     plan_lora,
-    read_tensor_shapes,
     released_key,
 )
+from everanimate_cli.safetensors_header import read_tensor_shapes
 
 RANK = 2
 # Original name, diffusers name: one of each kind that LoRA files address.

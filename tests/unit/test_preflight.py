@@ -10,7 +10,8 @@ import pytest
 
 from everanimate_cli.errors import EverAnimateError, InputError, SettingsError, WeightsError
 from everanimate_cli.preflight import check_animate, check_demo, check_extract
-from everanimate_cli.settings import AnimateSettings, DemoSettings, ExtractSettings, LoraSpec
+from everanimate_cli.records import LoraSpec
+from everanimate_cli.settings import AnimateSettings, DemoSettings, ExtractSettings
 
 DRIVING_ADVICE = "Give a video or a folder made by extract-pose, or --pose and --face."
 PICTURE_ADVICE = "Give a picture of the character."
@@ -227,7 +228,8 @@ def nothing() -> None:
             nothing,
             {"png": Path("out/frames")},
             InputError,
-            "--png out/frames cannot be made: the folder out does not exist.",
+            "--png out/frames cannot be made: the folder out does not exist. "
+            "Make it first, or give another path.",
         ),
         (
             nothing,

@@ -7,21 +7,18 @@ from typing import Any
 import pytest
 
 from everanimate_cli.errors import InputError, SettingsError, WeightsError
+from everanimate_cli.records import (
+    LoraSpec,
+    read_saved_options,
+)
 from everanimate_cli.settings import (
-    HUB_MODEL,
     HUB_PRESET,
     AnimateSettings,
     DemoSettings,
-    LoraSpec,
     ModelDefaults,
     combine,
-    option_name,
-    parse_size,
-    parse_time,
     read_model_defaults,
-    read_saved_options,
     resolve,
-    split_hub_id,
 )
 
 INPUTS: dict[str, Any] = {"ref": Path("anna.png"), "driving": Path("dance")}
@@ -234,81 +231,6 @@ def test_default_output_of_the_current_folder_has_its_name(
     assert animate(driving=Path("waltz.1")).default_output == Path("waltz.1_anna.mp4")
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("12.5", 12.5), ("0", 0.0), ("75", 75.0), ("1:02.5", 62.5), ("1:00:03", 3603.0), ("0:5", 5.0)],
-)
-def test_times(text: str, seconds: float) -> None:
-    assert parse_time(text) == seconds
-
-
-@pytest.mark.parametrize(
-    "text", ["", "1:75", "-1", "1:", ":5", "61:00:00:00", "1:60:00", "nan", "x"]
-)
-def test_texts_that_are_no_times(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a time"):
-        parse_time(text)
-
-
-def test_sizes_are_read_as_width_by_height() -> None:
-    assert parse_size("832x480") == (480, 832)
-    assert parse_size("auto") is None
-
-
-@pytest.mark.parametrize("text", ["", "832", "0x480", "832x", "8e2x480", " 832x480", "832*480"])
-def test_texts_that_are_no_sizes(text: str) -> None:
-    with pytest.raises(ValueError, match="is not a size"):
-        parse_size(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "source", "scale"),
-    [
-        ("a.safetensors", "a.safetensors", 1.0),
-        ("a.safetensors=0.8", "a.safetensors", 0.8),
-        ("rank=32.dir/a=b.safetensors", "rank=32.dir/a=b.safetensors", 1.0),
-        ("C:/x@0.5/a:1.safetensors=-2", "C:/x@0.5/a:1.safetensors", -2.0),
-        ("owner/name/ckpts/a.safetensors=1e-1", "owner/name/ckpts/a.safetensors", 0.1),
-        ("a=nan", "a=nan", 1.0),
-        ("a=1=1", "a=1", 1.0),
-    ],
-)
-def test_lora_with_and_without_a_scale(text: str, source: str, scale: float) -> None:
-    assert LoraSpec.parse(text) == LoraSpec(source, scale)
-
-
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        (HUB_MODEL, (HUB_MODEL, "", None)),
-        ("owner/name@v1.0", ("owner/name", "", "v1.0")),
-        ("owner/name/ckpts/a.safetensors", ("owner/name", "ckpts/a.safetensors", None)),
-        ("owner/name/a b.safetensors@refs/pr/4", ("owner/name", "a b.safetensors", "refs/pr/4")),
-        ("owner/name/", ("owner/name", "", None)),
-        ("name", None),
-        ("./owner/name", None),
-        ("../name", None),
-        ("~/models/name", None),
-        ("/srv/models", None),
-        ("owner/", None),
-        ("owner/my name", None),
-        ("owner/name@", None),
-        ("owner@v1/name", None),
-    ],
-)
-def test_hub_ids(text: str, parts: tuple[str, str, str | None] | None) -> None:
-    assert split_hub_id(text) == parts
-
-
-def test_option_names() -> None:
-    assert option_name("frames_per_chunk") == "--frames-per-chunk"
-    assert [option_name(name) for name in ("ref", "driving", "directory")] == [
-        "REF",
-        "DRIVING",
-        "DIR",
-    ]
-
-
 def test_json_holds_what_shapes_the_result_and_nothing_about_this_run() -> None:
     saved = animate(
         lora=(LoraSpec("a.safetensors", 0.5),), overwrite=True, dry_run=True, keep_run=True
@@ -370,7 +292,11 @@ def test_saved_options_stand_alone_or_beside_a_result(tmp_path: Path) -> None:
     plain, beside = tmp_path / "plain.json", tmp_path / "beside.json"
     plain.write_text('{"steps": 4}')
     beside.write_text('{"settings": {"steps": 4}, "versions": {"torch": "2"}}')
-    assert read_saved_options(plain) == read_saved_options(beside) == {"steps": 4}
+    assert (
+        read_saved_options(plain, AnimateSettings)
+        == read_saved_options(beside, AnimateSettings)
+        == {"steps": 4}
+    )
 
 
 @pytest.mark.parametrize(
@@ -398,7 +324,7 @@ def test_unreadable_config_files(
     if content is not None:
         path.write_text(content)
     with pytest.raises(error) as caught:
-        read_saved_options(path)
+        read_saved_options(path, AnimateSettings)
     assert str(caught.value) == message.format(path=path)
 
 
@@ -409,7 +335,7 @@ def test_config_files_may_not_name_unknown_options_or_overwrite_anything(
     path = tmp_path / "saved.json"
     path.write_text(json.dumps({key: True}))
     with pytest.raises(SettingsError) as caught:
-        read_saved_options(path)
+        read_saved_options(path, AnimateSettings)
     known = ", ".join(sorted(AnimateSettings.saved_names()))
     assert str(caught.value) == f"--config {path}: '{key}' is unknown. Known: {known}."
 

@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from everanimate_cli.errors import EverAnimateError, InputError, SettingsError, WeightsError
 from everanimate_cli.events import Event
 from everanimate_cli.hub import locate_lora, locate_model
-from everanimate_cli.settings import HUB_PRESET, LoraSpec
+from everanimate_cli.records import LoraSpec
+from everanimate_cli.settings import HUB_PRESET
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
 from everanimate_cli.weights import (
     Geometry,
@@ -529,7 +530,12 @@ def test_dtype(dtype: Any, device: str, chosen: torch.dtype) -> None:
 
 def test_geometry(source: ModelSource) -> None:
     assert read_geometry(source) == Geometry(
-        size_multiple=16, face_size=16, inner_dim=48, ffn_dim=96, decoder_channels=4
+        size_multiple=16,
+        face_size=16,
+        inner_dim=48,
+        ffn_dim=96,
+        num_layers=4,
+        decoder_channels=4,
     )
 
 
