@@ -29,6 +29,7 @@ from everanimate_cli.train_settings import (
     Checkpointing,
     Correction,
     LoraNaming,
+    MixedPrecision,
     QuantizeBase,
     TrainSettings,
 )
@@ -297,6 +298,16 @@ def run_train_lora(
             metavar="NAME",
         ),
     ] = None,
+    mixed_precision: Annotated[
+        MixedPrecision | None,
+        _option(
+            "mixed_precision",
+            "Compute in bf16, or as the weights are stored: no.",
+            _MACHINE,
+            metavar="NAME",
+            default="bf16 for weights in bfloat16",
+        ),
+    ] = None,
     compile: Annotated[  # noqa: A002  # all are named as the fields of the settings
         bool | None,
         _option(
@@ -314,7 +325,7 @@ def run_train_lora(
         Dtype | None,
         _option(
             "dtype",
-            "Their number format: auto, float32, bfloat16 or float16.",
+            "Number format of their weights: auto, float32 or bfloat16.",
             _MACHINE,
             metavar="NAME",
         ),

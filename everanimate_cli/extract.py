@@ -265,13 +265,17 @@ def reusable(folder: Path, request: dict[str, Any]) -> list[str] | None:
         raise InputError(f"{path} cannot be read ({error}). Delete the folder.") from error
     if not isinstance(before, dict):
         return ["it was made by another program"]
-    # Poses do not become wrong by an upgrade.
-    kept = (_without_versions(side) for side in (before, request))
+    kept = (_shaping(side) for side in (before, request))
     return list_differences(*kept)
 
 
-def _without_versions(request: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in request.items() if not name.endswith(" version")}
+def _shaping(request: dict[str, Any]) -> dict[str, Any]:
+    """What poses hang on: they do not become wrong by an upgrade or on another machine."""
+    return {
+        name: value
+        for name, value in request.items()
+        if not name.endswith(" version") and name not in ("provider", "threads")
+    }
 
 
 # --- input ---------------------------------------------------------------------------------------

@@ -186,10 +186,12 @@ def _check_init(source: str, rank: int) -> None:
             f"--init {source} is no LoRA: none of its {len(shapes)} tensors is a low-rank matrix. "
             "Give a file made by LoRA training."
         )
+    if len(ranks) > 1:
+        found = ", ".join(str(each) for each in ranks)
+        raise WeightsError(f"--init {source} has several ranks ({found}). Give a LoRA of one rank.")
     if ranks != [rank]:
-        found = " and ".join(str(each) for each in ranks)
         raise SettingsError(
-            f"--init {source} has rank {found}, not {rank}. Give --rank {ranks[-1]}."
+            f"--init {source} has rank {ranks[0]}, not {rank}. Give --rank {ranks[0]}."
         )
 
 

@@ -203,7 +203,7 @@ def _processes(
     """This process among those that a launcher has started."""
     accelerator = Accelerator(
         cpu=device.type == "cpu",
-        mixed_precision="bf16" if dtype == torch.bfloat16 else "no",
+        mixed_precision=settings.mixed_precision or ("bf16" if dtype == torch.bfloat16 else "no"),
         gradient_accumulation_steps=settings.accumulate,
     )
     try:
@@ -610,7 +610,7 @@ class _Training:
         kept = f"The checkpoint of step {steps[-1]} is good" if steps else "There is no checkpoint"
         raise RunError(
             f"the loss of step {self.step + 1} is {loss:g} with a gradient of {norm:g}. {kept}. "
-            "Give a smaller --lr, or --dtype bfloat16 instead of float16."
+            "Give a smaller --lr."
         )
 
     def _follow(self) -> None:

@@ -28,6 +28,7 @@ from everanimate_cli.settings import (
 Correction = Literal["gaussian", "exact", "constant"]
 Checkpointing = Literal["off", "on", "offload"]
 QuantizeBase = Literal["none", "fp8"]
+MixedPrecision = Literal["no", "bf16"]
 LoraNaming = Literal["diffusers", "original"]
 
 POSES_SUFFIX = "_poses"  # of the folder that holds the poses of a dataset's raw videos
@@ -123,6 +124,8 @@ class TrainSettings(Options):
         gradient_checkpointing: Whether activations are computed again in the backward pass
             ("on"), and what is kept of them waits in main memory ("offload").
         quantize_base: Number format of the weights that are not trained.
+        mixed_precision: "bf16" computes in bfloat16 whatever the weights are stored in; None does
+            so where they are bfloat16.
         compile: Whether the blocks of the network are compiled.
         export: Names of the tensors in the file.
         tensorboard: Whether TensorBoard logs are written.
@@ -203,6 +206,7 @@ class TrainSettings(Options):
     ema: float | None = None
     gradient_checkpointing: Checkpointing = "on"
     quantize_base: QuantizeBase = "none"
+    mixed_precision: MixedPrecision | None = None
     compile: bool = False
     export: LoraNaming = "diffusers"
     tensorboard: bool = True
@@ -223,6 +227,10 @@ class TrainSettings(Options):
             raise SettingsError(f"--stage {self.stage} is unknown. Known: 1, 2, 3.")
         if self.ema is not None and self.ema >= 1:
             raise SettingsError(f"--ema {self.ema} is too large. Give a number below 1.")
+        if self.dtype == "float16":
+            raise SettingsError(
+                "--dtype float16 is too small a range for gradients. Give bfloat16 or float32."
+            )
         check_frames_per_chunk(self, self.frames_per_chunk)
         self._check_size()
         if self.memory == "pixel":

@@ -154,16 +154,19 @@ class ReaderPool:
         self._lock = threading.Lock()
         self._readers: OrderedDict[ClipLayout, tuple[VideoReader, ...]] = OrderedDict()
 
-    def __getstate__(self) -> dict[str, object]:
-        """Nothing: files and decoders stay in their process."""
-        return {}
+    def _reset_after_fork(self) -> None:
+        if self._process != os.getpid():
+            # The decoders' threads are not here, and closing a decoder would wait for them.
+            self._inherited = self._readers
+            self._reset()
 
-    def __setstate__(self, state: Mapping[str, object]) -> None:
-        """Start empty."""
-        self._reset()
+    def __reduce__(self) -> tuple[type[ReaderPool], tuple[()]]:
+        """A new one: files and decoders stay in their process."""
+        return ReaderPool, ()
 
     def close(self) -> None:
         """Close all files; the next use opens them again."""
+        self._reset_after_fork()
         with self._lock:
             for readers in self._readers.values():
                 _close(readers)
@@ -172,10 +175,7 @@ class ReaderPool:
     @contextmanager
     def hold(self, layout: ClipLayout) -> Iterator[tuple[VideoReader, ...]]:
         """The readers of pictures, poses and faces of a clip, for one thread at a time."""
-        if self._process != os.getpid():
-            # Forked: the decoders' threads are not here, and closing them would wait for those.
-            self._inherited = self._readers
-            self._reset()
+        self._reset_after_fork()
         with self._lock:
             readers = self._readers.pop(layout, None)
             if readers is None:

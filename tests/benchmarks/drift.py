@@ -37,7 +37,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_compl
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import cv2
 import numpy as np
@@ -50,12 +50,13 @@ from everanimate_cli.toyworld import Camera, Dance, ToyFrame, ToyScene
 
 # torch and what stands on it is imported where it is used: rendering and reports start at once.
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from everanimate_cli.pipeline import AnimatePipeline
     from everanimate_cli.settings import Memory, ModelDefaults
 
 Frame = np.ndarray  # [H, W, 3] uint8
+_Item, _Made = TypeVar("_Item"), TypeVar("_Made")
 
 CAMERAS: tuple[Camera, ...] = get_args(Camera)
 
@@ -311,10 +312,9 @@ def make_dataset(options: argparse.Namespace, defaults: ModelDefaults) -> Path:
     clips = [Clip(index=i, folder=folder, defaults=defaults) for i in range(options.videos)]
     if manifest.exists() and manifest.read_text(encoding="utf-8").count("\n") == 1 + len(clips):
         return manifest
-    with processes(options.processes) as pool:
-        for done, _ in enumerate(pool.map(Clip.render, clips, chunksize=8), start=1):
-            if done % 100 == 0 or done == len(clips):
-                say(f"dataset: {done} of {len(clips)} videos")
+    for done, _ in enumerate(in_processes(options.processes, Clip.render, clips), start=1):
+        if done % 100 == 0 or done == len(clips):
+            say(f"dataset: {done} of {len(clips)} videos")
     prompts, default = camera_prompts()
     with (
         atomic_path(manifest) as temporary,
@@ -328,10 +328,20 @@ def make_dataset(options: argparse.Namespace, defaults: ModelDefaults) -> Path:
     return manifest
 
 
-def processes(count: int) -> ProcessPoolExecutor:
-    """Workers of one thread each."""
+def in_processes(
+    count: int, call: Callable[[_Item], _Made], items: Sequence[_Item]
+) -> Iterator[_Made]:
+    """Results as they come, from workers of one thread each; a single one works in this process."""
     os.environ["OMP_NUM_THREADS"] = "1"
-    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    if count == 1:
+        yield from map(call, items)
+        return
+    pool = ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        for future in as_completed([pool.submit(call, item) for item in items]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)  # after a failure the rest need not be waited for
 
 
 # --- stage: train --------------------------------------------------------------------------------
@@ -358,14 +368,14 @@ def train_run(options: argparse.Namespace, run: Run, manifest: Path) -> None:
     """Make the LoRA of a run, or go on where it stopped; a finished one stays."""
     words = training_words(options, run, manifest)
     record = options.work / "lora" / f"{run.name}.json"
-    if record.exists() and json.loads(record.read_text(encoding="utf-8")) != words:
-        raise SystemExit(
-            f"{record.with_suffix('')} was trained with other options. Remove it and {record}, or "
-            "give the same ones or another --work."
-        )
-    write_json(record, words)
     if lora_of(options.work, run).exists():
+        if json.loads(record.read_text(encoding="utf-8")) != words:
+            raise SystemExit(
+                f"{record.with_suffix('')} was trained with other options. Remove it, or give the "
+                "same ones or another --work."
+            )
         return
+    write_json(record, words)
     say(f"train: {run.name}")
     log = record.with_suffix(".log")
     with log.open("ab") as file:
@@ -472,7 +482,7 @@ def load(model: str, lora: Path | None, device: str) -> tuple[AnimatePipeline, M
     import torch  # noqa: PLC0415
 
     from everanimate_cli import hub, weights  # noqa: PLC0415
-    from everanimate_cli.settings import LoraSpec  # noqa: PLC0415
+    from everanimate_cli.records import LoraSpec  # noqa: PLC0415
 
     chosen = weights.choose_device(device)
     if chosen.type == "cpu":
@@ -678,24 +688,22 @@ def evaluate(options: argparse.Namespace, names: Sequence[str], defaults: ModelD
         ]
     waiting = [job for job in jobs if not job.is_done]
     say(f"evaluate: {len(jobs) - len(waiting)} of {len(jobs)} videos are done")
-    with processes(options.processes) as pool:
-        futures = [pool.submit(evaluate_one, job) for job in waiting]
-        for done, future in enumerate(as_completed(futures), start=1):
-            job, seconds = future.result()
-            what = f"{job.arm}, {job.camera} {job.index}"
-            say(f"evaluate: {what} in {seconds:.0f} s, {done} of {len(waiting)}")
+    results = in_processes(options.processes, evaluate_one, waiting)
+    for done, (job, seconds) in enumerate(results, start=1):
+        what = f"{job.arm}, {job.camera} {job.index}"
+        say(f"evaluate: {what} in {seconds:.0f} s, {done} of {len(waiting)}")
 
 
 # --- report --------------------------------------------------------------------------------------
 
-# Measure -> (heading, digits after the point)
-MEASURES: dict[str, tuple[str, int]] = {
-    "psnr": ("PSNR [dB]", 2),
-    "ssim": ("SSIM", 4),
-    "person": ("PSNR of the person [dB]", 2),
-    "background": ("PSNR of the background [dB]", 2),
-    "colour": ("colour shift [CIELAB]", 2),
-    "seam": ("jump at seams over jump within chunks", 2),
+# Measure -> (heading, unit, digits after the point)
+MEASURES: dict[str, tuple[str, str, int]] = {
+    "psnr": ("PSNR", " [dB]", 2),
+    "ssim": ("SSIM", "", 4),
+    "person": ("person", " [dB]", 2),
+    "background": ("background", " [dB]", 2),
+    "colour": ("colour shift", " [CIELAB]", 2),
+    "seam": ("jump at seams over jump within chunks", "", 2),
 }
 
 
@@ -750,7 +758,8 @@ def window_figures(result: Mapping[str, Any], window_s: float) -> dict[str, list
         shares = part["person_share"]
         shift = metrics.ColourShift(*(part[name].mean() for name in metrics.ColourShift._fields))
         # The first frame follows no other.
-        jumps, seams = part["jump"][start == 0 :], is_seam[start:stop][start == 0 :]
+        first = int(start == 0)
+        jumps, seams = part["jump"][first:], is_seam[start:stop][first:]
         has_seams = seams.any() and not seams.all()
         row = {
             "psnr": metrics.psnr_db(part["error"].mean()),
@@ -821,14 +830,14 @@ def lay_out_summary(figures: Mapping[tuple[str, Camera], Figures], camera: Camer
     head = [f"{camera} camera", "characters"]
     for measure, place in columns:
         name = window_name(longest - 1 if place == -1 else place, window_s)
-        head.append(f"{MEASURES[measure][0]}, {name}")
+        head.append(f"{MEASURES[measure][0].partition(' over')[0]}, {name}")
     lines = []
     for name, one in of_camera.items():
         cells = [ARMS[name].title, str(len(one.indices))]
         for measure, place in columns:
             is_there = one.slopes if place is None else place == 0 or one.num_windows == longest
             mean = float(one.of(measure, place, one.indices).mean()) if is_there else math.nan
-            cells.append(number(mean, MEASURES[measure][1], "+" if place is None else ""))
+            cells.append(number(mean, MEASURES[measure][2], "+" if place is None else ""))
         lines.append(cells)
     return table(head, lines)
 
@@ -840,8 +849,11 @@ def lay_out_windows(
     of_camera = {name: one for (name, where), one in figures.items() if where == camera}
     longest = max(one.num_windows for one in of_camera.values())
     window_s = next(iter(of_camera.values())).window_s
-    heading, digits = MEASURES[measure]
-    head = [f"{heading}, {camera} camera", *(window_name(w, window_s) for w in range(longest))]
+    heading, unit, digits = MEASURES[measure]
+    head = [
+        f"{heading}{unit}, {camera} camera",
+        *(window_name(w, window_s) for w in range(longest)),
+    ]
     lines = []
     for name, one in of_camera.items():
         means = [*one.values[measure].mean(0), *[math.nan] * (longest - one.num_windows)]
@@ -902,7 +914,7 @@ def lay_out_comparisons(rows: Sequence[Mapping[str, Any]], camera: Camera) -> st
             f"{ARMS[row['arm']].title} over {ARMS[row['over']].title}",
             str(row["characters"]),
             row["window"],
-            *(cell(row, measure, MEASURES[measure][1]) for measure in list(MEASURES)[:-1]),
+            *(cell(row, measure, MEASURES[measure][2]) for measure in list(MEASURES)[:-1]),
             *(cell(row, f"{measure}_gain", 1, 100) for measure in ("psnr", "ssim")),
         ]
         for row in rows
@@ -923,76 +935,79 @@ def report(figures: Mapping[tuple[str, Camera], Figures]) -> str:
     return "\n".join(texts)
 
 
-# Colours that also differ in brightness (Okabe and Ito).
+# Colours that also differ in brightness (Okabe and Ito), for arms that are shown together.
 COLOURS = {
-    "sink": "#999999",
-    "pixel1": "#E69F00",
-    "pixel5": "#D55E00",
-    "latent": "#56B4E9",
+    **dict.fromkeys(("sink", "base-sink", "no-identity"), "#999999"),
+    **dict.fromkeys(("pixel1", "base-pixel1", "exact"), "#E69F00"),
+    **dict.fromkeys(("pixel5", "base-pixel5", "exact-no-gate"), "#D55E00"),
+    **dict.fromkeys(("latent", "base-latent", "constant"), "#56B4E9"),
     "latent-rfm": "#0072B2",
+    "no-augmentation": "#CC79A7",
     "copy": "#000000",
     "ceiling": "#009E73",
 }
-BASELINE = "pixel1"
+STYLES = {"main": "-", "ablation": "-.", "base": ":", "yardstick": "--"}
+BASELINES = ("pixel1", "base-pixel1")
 
 
-def plot(figures: Mapping[tuple[str, Camera], Figures], path: Path) -> None:
+def plot(figures: Mapping[tuple[str, Camera], Figures], names: Sequence[str], path: Path) -> None:
     """PSNR and SSIM over time with 95 % bands, and PSNR over pixel carry of the same characters."""
     import matplotlib as mpl  # noqa: PLC0415
 
     mpl.use("Agg")
     from matplotlib import pyplot  # noqa: PLC0415
 
-    panels = (("psnr", False), ("ssim", False), ("psnr", True))
+    cameras = [camera for camera in CAMERAS if any((name, camera) in figures for name in names)]
+    if not cameras:
+        raise SystemExit("no results of these arms to plot")
+    baseline = next((name for name in BASELINES if (name, cameras[0]) in figures), None)
+    panels: list[tuple[str, str | None]] = [("psnr", None), ("ssim", None)]
+    panels += [("psnr", baseline)] if baseline else []
     canvas, axes = pyplot.subplots(
-        len(panels), len(CAMERAS), figsize=(11, 10), sharex=True, sharey="row", squeeze=False
+        len(panels),
+        len(cameras),
+        figsize=(5.5 * len(cameras), 3.2 * len(panels)),
+        sharex=True,
+        sharey="row",
+        squeeze=False,
     )
-    for row, (measure, is_difference) in enumerate(panels):
-        for column, camera in enumerate(CAMERAS):
-            axis = axes[row, column]
-            for name, colour in COLOURS.items():
-                one, base = figures.get((name, camera)), figures.get((BASELINE, camera))
-                if one is None or (is_difference and (base is None or name in ("copy", "ceiling"))):
-                    continue
-                other = base if is_difference else None
-                _draw(axis, name, colour, one, other, measure)
-            heading = MEASURES[measure][0]
-            if is_difference:
-                heading = f"{heading} over {ARMS[BASELINE].title}"
-            if column == 0:
-                axis.set_ylabel(heading)
-            if row == 0:
-                axis.set_title(f"{camera} camera")
-            if row == len(panels) - 1:
-                axis.set_xlabel("time [s]")
+    for row, (measure, over) in enumerate(panels):
+        heading, unit, _ = MEASURES[measure]
+        axes[row, 0].set_ylabel(heading + (f" over {ARMS[over].title}" if over else "") + unit)
+        for axis, camera in zip(axes[row], cameras, strict=True):
+            base = figures.get((over, camera)) if over else None
+            for name in names:
+                one = figures.get((name, camera))
+                is_shown = not over or (base and ARMS[name].group != "yardstick")
+                if one and is_shown:
+                    _draw_line(axis, name, one, base, measure)
             axis.grid(alpha=0.25, linewidth=0.6)
             axis.spines[["top", "right"]].set_visible(False)
+    for axis, camera in zip(axes[0], cameras, strict=True):
+        axis.set_title(f"{camera} camera")
+    for axis in axes[-1]:
+        axis.set_xlabel("time [s]")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    if not handles:
-        handles, labels = axes[0, -1].get_legend_handles_labels()
-    canvas.legend(handles, labels, loc="lower center", ncols=4, frameon=False)
-    canvas.tight_layout(rect=(0, 0.06, 1, 1))
+    canvas.legend(handles, labels, loc="lower center", ncols=2 * len(cameras), frameon=False)
+    canvas.tight_layout(rect=(0, 0.07, 1, 1))
     with atomic_path(path) as temporary:
         canvas.savefig(temporary, format="png", dpi=110, metadata={"Software": None})
     pyplot.close(canvas)
 
 
-def _draw(
-    axis: Any, name: str, colour: str, one: Figures, base: Figures | None, measure: str
-) -> None:
-    """A line with its band; the difference to `base` if there is one."""
+def _draw_line(axis: Any, name: str, one: Figures, base: Figures | None, measure: str) -> None:
+    """An arm over time with its band; its difference to `base` if there is one."""
     indices = one.indices if base is None else sorted({*one.indices} & {*base.indices})
     num_windows = one.num_windows if base is None else min(one.num_windows, base.num_windows)
     columns = [one.of(measure, i, indices) for i in range(num_windows)]
     if base is not None:
         columns = [v - base.of(measure, i, indices) for i, v in enumerate(columns)]
     middles_s = (np.arange(num_windows) + 0.5) * one.window_s
-    style = "--" if ARMS[name].group == "yardstick" else "-"
+    arm, colour = ARMS[name], COLOURS[name]
     means = [column.mean() for column in columns]
-    axis.plot(
-        middles_s, means, style, color=colour, label=ARMS[name].title, marker=".", linewidth=1.6
-    )
-    if len(indices) > 1 and ARMS[name].group != "yardstick":
+    style = STYLES[arm.group]
+    axis.plot(middles_s, means, style, color=colour, label=arm.title, marker=".", linewidth=1.6)
+    if len(indices) > 1 and arm.group != "yardstick":
         bands = [metrics.bootstrap(column) for column in columns]
         low, high = [band.low for band in bands], [band.high for band in bands]
         axis.fill_between(middles_s, low, high, color=colour, alpha=0.12, linewidth=0)
@@ -1103,7 +1118,7 @@ def main() -> None:
             ]
             write_json(options.json, {"arms": arms, "comparisons": compare(figures)})
         if options.plot:
-            plot(figures, options.plot)
+            plot(figures, names, options.plot)
     if options.sheet:
         sheet = draw_sheet(options.work, defaults, names, options.sheet_character)
         write_png(options.sheet, sheet)

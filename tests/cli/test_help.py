@@ -10,9 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from everanimate_cli.cli import ANIMATE_HELP, DEMO_HELP, EXTRACT_HELP, RUNS_HELP, main
+from everanimate_cli.cli import DEMO_HELP, RUNS_HELP, main
+from everanimate_cli.cli_animate import ANIMATE_HELP
+from everanimate_cli.cli_extract import EXTRACT_HELP
+from everanimate_cli.cli_train import TRAIN_HELP
 from everanimate_cli.records import option_name
 from everanimate_cli.settings import AnimateSettings, DemoSettings, ExtractSettings
+from everanimate_cli.train_settings import TrainSettings
 
 
 def help_page(*words: str, columns: int = 200) -> str:
@@ -114,15 +118,67 @@ def test_defaults_of_an_extraction_are_shown(extract_page: str, name: str, defau
     assert f"(default: {default})" in line[0]
 
 
+@pytest.fixture(scope="module")
+def train_page() -> str:
+    return help_page("train-lora")
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(TrainSettings)])
+def test_every_option_of_a_training_is_on_the_page(train_page: str, name: str) -> None:
+    assert re.search(rf"^│ +{option_name(name)}\b", train_page, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("name", "default"),
+    [
+        ("stage", "1"),
+        ("steps", "3000"),
+        ("lr", "0.0001"),
+        ("rank", "32"),
+        ("memory", "latent"),
+        ("correction", "gaussian"),
+        ("first_chunk_probability", "0.2"),
+        ("degradation_probability", "0; 0.64 from stage 2 on"),
+        ("gradient_checkpointing", "on"),
+        ("compile", "off"),
+        ("tensorboard", "on"),
+        ("output", "DATASET_stage1"),
+    ],
+)
+def test_defaults_of_a_training_are_shown(train_page: str, name: str, default: str) -> None:
+    line = re.search(rf"^│ +{option_name(name)}\b.*$", train_page, re.MULTILINE)
+    assert line is not None
+    assert f"(default: {default})" in line[0]
+
+
+def test_options_of_a_training_are_grouped(train_page: str) -> None:
+    headings = re.findall(r"^╭─ (.*?) ─", train_page, re.MULTILINE)
+    assert headings == [
+        "Arguments",
+        "Options",
+        "Data",
+        "Picture",
+        "Training",
+        "Memory between chunks",
+        "Restoration",
+        "Model",
+        "Machine",
+        "Validation",
+        "Result",
+        "Run",
+    ]
+
+
 def test_the_program_lists_its_commands() -> None:
     page = help_page()
     assert re.search(r"^│ animate +Animate the character", page, re.MULTILINE)
     assert re.search(r"^│ extract-pose +Turn VIDEO into", page, re.MULTILINE)
+    assert re.search(r"^│ train-lora +Train a LoRA on videos", page, re.MULTILINE)
     assert re.search(r"^│ demo +Render a character and a dance", page, re.MULTILINE)
     assert re.search(r"^│ runs +List the runs in FOLDER", page, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", ["animate", "extract-pose"])
+@pytest.mark.parametrize("command", ["animate", "extract-pose", "train-lora"])
 def test_a_page_fits_a_terminal_of_80_columns(command: str) -> None:
     page = help_page(command, columns=80)
     assert max(len(line) for line in page.splitlines()) <= 80
@@ -138,6 +194,7 @@ def examples(text: str) -> list[list[str]]:
 def test_all_commands_give_examples() -> None:
     assert len(examples(ANIMATE_HELP)) >= 3
     assert len(examples(EXTRACT_HELP)) >= 3
+    assert len(examples(TRAIN_HELP)) >= 3
     assert len(examples(DEMO_HELP)) >= 2
     assert len(examples(RUNS_HELP)) >= 2
 
@@ -168,4 +225,22 @@ def test_the_examples_of_an_extraction_parse_and_lack_nothing_but_their_files(
     assert main(words) == 2
     assert capsys.readouterr().err == (
         "error: VIDEO dance.mp4 does not exist. Give a video of a moving person.\n"
+    )
+
+
+@pytest.mark.parametrize("words", examples(TRAIN_HELP))
+def test_the_examples_of_a_training_parse_and_lack_nothing_but_their_files(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(words) == 2
+    advice = "Give a folder of videos, or a .csv or .jsonl manifest that lists them."
+    config = "videos_stage1/train.json"
+    assert capsys.readouterr().err in (
+        f"error: DATASET videos does not exist. {advice}\n",
+        f"error: DATASET list.csv does not exist. {advice}\n",
+        f"error: --config {config} cannot be read: No such file or directory.\n",
     )

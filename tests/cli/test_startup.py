@@ -46,6 +46,7 @@ def run_fresh(program: str, words: list[str], folder: Path) -> tuple[int, list[s
         (["--help"], 0),
         (["animate", "--help"], 0),
         (["extract-pose", "--help"], 0),
+        (["train-lora", "--help"], 0),
         (["demo", "--help"], 0),
         (["--version"], 0),
         (["animate", "--bogus"], 2),
@@ -56,6 +57,11 @@ def run_fresh(program: str, words: list[str], folder: Path) -> tuple[int, list[s
         (["extract-pose", "eve.mp4"], 2),
         (["extract-pose", "taken.mp4", "--size", "830x480"], 2),
         (["extract-pose", "taken.mp4", "-o", "dance"], 2),
+        (["train-lora", "--bogus"], 2),
+        (["train-lora", "films", "--stage", "4"], 2),
+        (["train-lora", "no.csv"], 2),
+        (["train-lora", "films", "--init", "taken.safetensors"], 2),
+        (["train-lora", "films", "-o", "dance"], 2),
         (["demo", "anna.png"], 2),
         (["runs"], 0),
         (["runs", "--remove", "--json"], 0),
@@ -63,7 +69,9 @@ def run_fresh(program: str, words: list[str], folder: Path) -> tuple[int, list[s
 )
 def test_nothing_heavy_is_loaded(tmp_path: Path, words: list[str], exit_code: int) -> None:
     (tmp_path / "dance").mkdir()
-    for name in ("anna.png", "taken.mp4", "dance/pose.mp4", "dance/face.mp4", "dance/extract.json"):
+    (tmp_path / "films").mkdir()
+    names = ["anna.png", "taken.mp4", "taken.safetensors", "films/waltz.mp4"]
+    for name in [*names, "dance/pose.mp4", "dance/face.mp4", "dance/extract.json"]:
         (tmp_path / name).write_bytes(b"content")
     (tmp_path / "old.mp4.run").mkdir()
     (tmp_path / "old.mp4.run" / "run.json").write_text("{}")
@@ -78,9 +86,19 @@ def test_the_check_notices_a_heavy_import(tmp_path: Path) -> None:
     assert run_fresh("import numpy; code = 0", [], tmp_path) == (0, ["numpy"])
 
 
-def test_the_module_runs_as_the_program_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (
+            ["animate", "eve.png", "dance"],
+            "REF eve.png does not exist. Give a picture of the character.",
+        ),
+        (["train-lora"], "DATASET is missing. Give a folder of videos or a manifest."),
+    ],
+)
+def test_the_module_runs_as_the_program_does(tmp_path: Path, words: list[str], error: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "everanimate_cli", "animate", "eve.png", "dance"],
+        [sys.executable, "-m", "everanimate_cli", *words],
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -88,4 +106,4 @@ def test_the_module_runs_as_the_program_does(tmp_path: Path) -> None:
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "error: REF eve.png does not exist. Give a picture of the character.\n"
+    assert done.stderr == f"error: {error}\n"

@@ -106,6 +106,7 @@ OPTIONS: dict[str, tuple[list[str], object]] = {
     "ema": (["--ema", "0.99"], 0.99),
     "gradient_checkpointing": (["--gradient-checkpointing", "offload"], "offload"),
     "quantize_base": (["--quantize-base", "fp8"], "fp8"),
+    "mixed_precision": (["--mixed-precision", "bf16"], "bf16"),
     "compile": (["--compile"], True),
     "export": (["--export", "original"], "original"),
     "tensorboard": (["--no-tensorboard"], False),

@@ -1,4 +1,4 @@
-"""What `everanimate train-lora` refuses before it loads anything: one line, exit code 2, no file."""
+"""What `everanimate train-lora` refuses before it loads anything: one line, code 2, no file."""
 
 import json
 import struct
@@ -128,7 +128,7 @@ def tree(folder: Path) -> list[str]:
         ),
         (
             ["videos", "--init", "mixed.safetensors", "--rank", "16"],
-            "--init mixed.safetensors has rank 4 and 16, not 16. Give --rank 16.",
+            "--init mixed.safetensors has several ranks (4, 16). Give a LoRA of one rank.",
         ),
         (
             ["videos", "--validate-every", "5", "--validation", "no.mp4"],
@@ -145,7 +145,7 @@ def tree(folder: Path) -> list[str]:
         ),
         (
             ["videos", "--pose-model", "best"],
-            "--pose-model best is unknown. Known: dwpose, rtmw, rtmw-m, toy, vitpose, "
+            "--pose-model best is unknown. Known: rtmw, rtmw-m, dwpose, vitpose, vitpose-l, toy, "
             "or give an .onnx file.",
         ),
         (["videos", "--pose-folder", "file"], "--pose-folder file is a file. Give a folder."),
@@ -233,8 +233,8 @@ def test_folders_that_cannot_be_written_are_refused(
     )
 
 
-class Reached(Exception):
-    """The worker was called."""
+class ReachedError(Exception):
+    """The worker was to be called."""
 
 
 @pytest.mark.parametrize(
@@ -258,8 +258,8 @@ def test_what_can_work_reaches_the_worker(
     monkeypatch: pytest.MonkeyPatch, words: list[str]
 ) -> None:
     def reach(*_: object) -> None:
-        raise Reached
+        raise ReachedError
 
     monkeypatch.setattr("everanimate_cli.cli_train.resumable", reach)
-    with pytest.raises(Reached):
+    with pytest.raises(ReachedError):
         main(["train-lora", *words])

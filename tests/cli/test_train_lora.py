@@ -291,6 +291,8 @@ def test_validation_shows_truth_and_result(train: Train) -> None:
         ("--fps", "24"),
         ("--ema", "0.5"),
         ("--dtype", "bfloat16"),
+        ("--mixed-precision", "bf16"),
+        ("--dtype", "bfloat16", "--mixed-precision", "no"),
         ("--quantize-base", "fp8"),
     ],
 )

@@ -18,6 +18,7 @@ from everanimate_cli.settings import (
     combine,
     resolve,
 )
+from everanimate_cli.train_settings import TrainSettings, resolve_training
 
 names = st.text(string.ascii_letters + string.digits + "._-= äü人", min_size=1, max_size=12)
 paths = names.map(Path)
@@ -112,6 +113,52 @@ model_defaults = st.builds(
     negative_prompt=st.text(st.characters(codec="utf-8")),
     lora=st.lists(loras, max_size=2).map(tuple),
 )
+shares = st.floats(0, 1)
+train_settings = st.builds(
+    lambda parts: TrainSettings(**{key: part[key] for part in parts for key in part}),
+    st.tuples(
+        st.fixed_dictionaries({"dataset": paths}),
+        optional(
+            output=paths,
+            stage=st.sampled_from([1, 2, 3]),
+            init=names,
+            steps=st.integers(1, 10**6),
+            lr=positive,
+            rank=st.integers(1, 256),
+            lora_alpha=positive,
+            correction=st.sampled_from(["gaussian", "exact", "constant"]),
+            degradation_probability=shares,
+            degradation_min_sigma=shares,
+            pose_drop=shares,
+            size=st.just("832x480"),
+            fps=positive,
+            frames_per_chunk=st.integers(2, 30).map(lambda number: 4 * number + 1),
+            shift=positive,
+            prompt=st.text(st.characters(codec="utf-8")),
+            pose_folder=paths,
+            seed=st.integers(0, 2**64),
+            ema=st.floats(0, 0.999),
+            compile=st.booleans(),
+            resume=st.booleans(),
+            overwrite=st.booleans(),
+            dry_run=st.booleans(),
+        ),
+        st.one_of(
+            st.fixed_dictionaries(
+                {"memory": st.just("pixel")}, optional={"carry_frames": st.sampled_from([1, 5])}
+            ),
+            st.fixed_dictionaries(
+                {"memory": st.just("sink")}, optional={"identity_slots": st.integers(1, 8)}
+            ),
+            optional(
+                memory_augmentation=shares,
+                error_recycling=shares,
+                first_chunk_probability=shares,
+                identity_slots=st.integers(1, 8),
+            ),
+        ),
+    ),
+)
 relaxed = settings(deadline=None, max_examples=60)
 
 
@@ -183,3 +230,23 @@ def test_times_add_up_in_every_notation(
 @given(st.integers(1, 9999), st.integers(1, 9999))
 def test_sizes_are_read_in_the_order_width_height(width: int, height: int) -> None:
     assert parse_size(f"{width}x{height}") == (height, width)
+
+
+@relaxed
+@given(train_settings)
+def test_settings_of_a_training_survive_json_but_for_the_options_about_one_run(
+    original: TrainSettings,
+) -> None:
+    reread = TrainSettings.from_json(json.loads(json.dumps(original.to_json())))
+    assert reread == replace(original, resume=True, overwrite=False, dry_run=False)
+
+
+@relaxed
+@given(train_settings, model_defaults)
+def test_resolving_a_training_keeps_what_was_given_and_leaves_nothing_to_another_model(
+    asked: TrainSettings, defaults: ModelDefaults
+) -> None:
+    resolved = resolve_training(asked, defaults)
+    given_values = {key: value for key, value in vars(asked).items() if value is not None}
+    assert {key: getattr(resolved, key) for key in given_values} == given_values
+    assert resolve_training(resolved, HUB_PRESET) == resolved

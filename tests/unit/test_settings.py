@@ -7,10 +7,7 @@ from typing import Any
 import pytest
 
 from everanimate_cli.errors import InputError, SettingsError, WeightsError
-from everanimate_cli.records import (
-    LoraSpec,
-    read_saved_options,
-)
+from everanimate_cli.records import LoraSpec, read_saved_options
 from everanimate_cli.settings import (
     HUB_PRESET,
     AnimateSettings,

@@ -161,6 +161,11 @@ def resolved(**options: Any) -> ResolvedTrainSettings:
             "--gradient-checkpointing yes is unknown. Known: off, on, offload.",
         ),
         ({"quantize_base": "int4"}, "--quantize-base int4 is unknown. Known: none, fp8."),
+        ({"mixed_precision": "fp8"}, "--mixed-precision fp8 is unknown. Known: no, bf16."),
+        (
+            {"dtype": "float16"},
+            "--dtype float16 is too small a range for gradients. Give bfloat16 or float32.",
+        ),
         ({"export": "kohya"}, "--export kohya is unknown. Known: diffusers, original."),
         ({"device": "tpu"}, "--device tpu is unknown. Known: auto, cuda, mps, cpu."),
         (
