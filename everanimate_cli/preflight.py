@@ -9,7 +9,7 @@ from everanimate_cli.errors import InputError, SettingsError, WeightsError
 from everanimate_cli.manifest import read_dataset
 from everanimate_cli.model_table import check_models
 from everanimate_cli.records import LoraSpec, option_name, split_hub_id
-from everanimate_cli.runs import ExtractFolder, RunFolder
+from everanimate_cli.runs import ExtractFolder, RunFolder, TrainFolder
 from everanimate_cli.safetensors_header import read_tensor_shapes
 from everanimate_cli.settings import (
     CANVAS_MULTIPLE,
@@ -37,10 +37,6 @@ POSE_FOLDER_FILES = (
 )
 _MAX_NAME_BYTES = 255  # of the usual file systems
 _DRIVING_ADVICE = "Give a video or a folder made by extract-pose, or --pose and --face."
-# What lies in the folder of a training; beside it may be anything.
-_TRAINING_FILE = re.compile(
-    r"run\.json|lock|train\.json|lora\.safetensors|checkpoint-\d+\.safetensors"
-)
 # The matrix that brings a layer down to the rank, in any naming.
 _DOWN_MATRIX = re.compile(r".+\.(lora_A|lora_down)(\.[^.]+)?\.weight")
 _EXTRACT_OPTIONS = ("pose_model", "detector", "person", "select", "retarget", "pose_folder")
@@ -205,12 +201,13 @@ def _check_train_output(output: Path, settings: TrainSettings) -> None:
     _check_new_folder("--output", output)
     if not output.is_dir():
         return
+    folder = TrainFolder(output)
     names = sorted(path.name for path in output.iterdir())
-    if names and not any(_TRAINING_FILE.fullmatch(name) for name in names):
+    if names and not folder.holds_files():
         raise InputError(
             f"--output {output} holds {names[0]}, but no training. Give another folder."
         )
-    if "lora.safetensors" in names and not (settings.resume or settings.overwrite):
+    if folder.has_result() and not (settings.resume or settings.overwrite):
         raise output_exists(output)
 
 

@@ -12,6 +12,14 @@ Layout of `NAME.run`, beside the folder `NAME` of an extraction:
     00007_pose.mp4, ...       videos of segment 7, encoded, joined at the end
     00007.npz                 its keypoints and the state that segment 8 needs; written last
     joined_pose.mp4, ...      the files of the result, until they get their place
+Layout of the folder of a training, which is also its result:
+    run.json, lock                  the same
+    checkpoint-000200.safetensors   all that the training needs to go on
+    metrics.jsonl                   a line a step, and a line a validation
+    validation-000200.mp4           truth and result side by side
+    tensorboard/                    the same curves for TensorBoard
+    lora.safetensors                the result; made anew when the training is extended
+    train.json, loss.png            its settings and facts, and the curve
 Files are written under a temporary name first. Nothing heavy is imported here, so that
 `everanimate runs` answers at once.
 """
@@ -36,6 +44,7 @@ _RUN_SUFFIX = run_folder(Path("x")).name.removeprefix("x")
 # What file systems that cannot lock answer: some network and user-space ones.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 _MIB = 2**20
+_CHECKPOINT = re.compile(r"checkpoint-(\d{6,})\.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +113,10 @@ class WorkFolder:
             path.name == _REQUEST_FILE or self.part_file.fullmatch(path.name)
             for path in self._files()
         )
+
+    def holds_files(self) -> bool:
+        """Whether any file in it is of this program."""
+        return bool(self._files())
 
     def clear(self) -> None:
         """Delete the run's files and begin anew; the lock stays."""
@@ -248,6 +261,78 @@ class ExtractFolder(WorkFolder):
     def joined_path(self, name: str) -> Path:
         """A file of the result, `pose.mp4` and so on, until it gets its place."""
         return self.path / f"joined_{name}"
+
+
+class TrainFolder(WorkFolder):
+    """The files of one training; the folder itself is what `--output` names."""
+
+    unit = "checkpoint"
+    part_file = _CHECKPOINT
+    other_file = re.compile(
+        r"metrics\.jsonl|lora\.safetensors|train\.json|loss\.png|validation-\d{6,}\.mp4"
+    )
+
+    @property
+    def output(self) -> Path:
+        """The folder."""
+        return self.path
+
+    @property
+    def lora_path(self) -> Path:
+        """The result."""
+        return self.path / "lora.safetensors"
+
+    @property
+    def record_path(self) -> Path:
+        """Settings and facts of the result."""
+        return self.path / "train.json"
+
+    @property
+    def plot_path(self) -> Path:
+        """The loss curve."""
+        return self.path / "loss.png"
+
+    @property
+    def metrics_path(self) -> Path:
+        """The log, JSON lines."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard_path(self) -> Path:
+        """Folder of event files."""
+        return self.path / "tensorboard"
+
+    def validation_path(self, step: int) -> Path:
+        """The video rendered after a step."""
+        return self.path / f"validation-{step:06d}.mp4"
+
+    def part_path(self, index: int) -> Path:
+        """The checkpoint after a step."""
+        return self.path / f"checkpoint-{index:06d}.safetensors"
+
+    def has_result(self) -> bool:
+        """Whether a LoRA is there."""
+        return self.lora_path.exists()
+
+    def count_finished(self) -> int:
+        """Number of checkpoints."""
+        return len(self.checkpoints())
+
+    def checkpoints(self) -> list[int]:
+        """Steps of the checkpoints, rising."""
+        names = (path.name for path in self.path.glob("checkpoint-*"))
+        return sorted(int(match[1]) for name in names if (match := _CHECKPOINT.fullmatch(name)))
+
+    def clear(self) -> None:
+        """Delete the training's files and begin anew; the lock stays."""
+        super().clear()
+        for path in self.tensorboard_path.glob("events.out.tfevents.*"):
+            path.unlink(missing_ok=True)
+
+    def drop_checkpoints(self, num_kept: int) -> None:
+        """Delete all checkpoints but the last ones."""
+        for step in self.checkpoints()[:-num_kept]:
+            self.part_path(step).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -43,16 +43,10 @@ from everanimate_cli.objective import correction_weight, training_pair, velocity
 from everanimate_cli.pipeline import AnimatePipeline, peak_memory_mib
 from everanimate_cli.preflight import output_exists, unfit_size
 from everanimate_cli.records import LoraSpec
+from everanimate_cli.runs import TrainFolder
 from everanimate_cli.schedule import model_timestep, training_schedule
 from everanimate_cli.train_settings import ResolvedTrainSettings, TrainSettings, resolve_training
 from everanimate_cli.training_clips import TrainingClip, open_clips
-from everanimate_cli.training_folder import (
-    MetricsLog,
-    TrainFolder,
-    load_checkpoint,
-    read_metrics,
-    save_checkpoint,
-)
 from everanimate_cli.training_samples import (
     SampleSource,
     TrainingExample,
@@ -60,6 +54,12 @@ from everanimate_cli.training_samples import (
     fill_cache,
     missing_work,
     open_cache,
+)
+from everanimate_cli.training_state import (
+    MetricsLog,
+    load_checkpoint,
+    read_metrics,
+    save_checkpoint,
 )
 from everanimate_cli.training_validation import Validation
 from everanimate_cli.workspace import open_work
@@ -135,7 +135,7 @@ def train_lora(settings: TrainSettings, on_event: OnEvent) -> TrainResult | None
             "samples_per_step": resolved.batch_size
             * resolved.accumulate
             * accelerator.num_processes,
-            "clips": len(work.clips),
+            "clips": len(work.clips) + work.num_pending,
             "clips_rejected": work.num_rejected,
             "size": resolved.size,
             "frames_per_chunk": resolved.frames_per_chunk,
@@ -184,7 +184,8 @@ class _Work:
         init: LoRA to start from.
         clips: That can be used.
         num_rejected: Clips that cannot.
-        validation: What validation renders.
+        num_pending: Clips whose poses a dry run does not extract.
+        validation: What validation renders, if it is asked for.
     """
 
     settings: ResolvedTrainSettings
@@ -193,7 +194,8 @@ class _Work:
     init: Path | None
     clips: Sequence[TrainingClip]
     num_rejected: int
-    validation: TrainingClip
+    num_pending: int
+    validation: TrainingClip | None
 
 
 @contextmanager
@@ -245,6 +247,7 @@ def _check(settings: TrainSettings, dtype: torch.dtype, on_event: OnEvent) -> _W
         init=init,
         clips=found.clips,
         num_rejected=len(found.rejected),
+        num_pending=len(found.pending),
         validation=_choose_validation(resolved, found.clips, geometry.face_size, on_event),
     )
 
@@ -254,8 +257,10 @@ def _choose_validation(
     clips: Sequence[TrainingClip],
     face_size: int,
     on_event: OnEvent,
-) -> TrainingClip:
+) -> TrainingClip | None:
     """The first clip of the validation set, else of the training set."""
+    if not settings.validate_every or settings.dry_run:
+        return None
     if settings.validation is None:
         return clips[0]
     return open_clips(replace(settings, dataset=settings.validation), face_size, on_event).clips[0]
@@ -395,6 +400,7 @@ def _validation(
     if not settings.validate_every:
         return _never
     assert pipeline is not None
+    assert work.validation is not None
     clip = work.validation
     prompt_embeds = pipeline.encode_prompt(clip_prompt(settings, clip))
     if settings.latent_cache is not None:

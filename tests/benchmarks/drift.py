@@ -239,6 +239,18 @@ def say(text: str) -> None:
     sys.stderr.write(f"{time.strftime('%H:%M:%S')} {text}\n")
 
 
+def sha256(path: Path) -> str:
+    """Of a file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def model_hash(model: str) -> str:
+    """Fingerprint of the base."""
+    from everanimate_cli import hub, weights  # noqa: PLC0415
+
+    return weights.checkpoint_hash(hub.locate_model(model, lambda _event: None))
+
+
 # --- stage: dataset ------------------------------------------------------------------------------
 
 
@@ -332,7 +344,6 @@ def in_processes(
     count: int, call: Callable[[_Item], _Made], items: Sequence[_Item]
 ) -> Iterator[_Made]:
     """Results as they come, from workers of one thread each; a single one works in this process."""
-    os.environ["OMP_NUM_THREADS"] = "1"
     if count == 1:
         yield from map(call, items)
         return
@@ -367,15 +378,23 @@ def training_words(options: argparse.Namespace, run: Run, manifest: Path) -> lis
 def train_run(options: argparse.Namespace, run: Run, manifest: Path) -> None:
     """Make the LoRA of a run, or go on where it stopped; a finished one stays."""
     words = training_words(options, run, manifest)
+    request = {
+        "words": words,
+        "model": model_hash(options.model),
+        "manifest": sha256(manifest),
+        "init": sha256(lora_of(options.work, run.init)) if run.init else None,
+    }
     record = options.work / "lora" / f"{run.name}.json"
     if lora_of(options.work, run).exists():
-        if json.loads(record.read_text(encoding="utf-8")) != words:
+        before = json.loads(record.read_text(encoding="utf-8"))
+        changed = [name for name in request if before[name] != request[name]]
+        if changed:
             raise SystemExit(
-                f"{record.with_suffix('')} was trained with other options. Remove it, or give the "
-                "same ones or another --work."
+                f"{record.with_suffix('')} was trained with other {', '.join(changed)}. "
+                "Remove it, or give another --work."
             )
         return
-    write_json(record, words)
+    write_json(record, request)
     say(f"train: {run.name}")
     log = record.with_suffix(".log")
     with log.open("ab") as file:
@@ -383,7 +402,6 @@ def train_run(options: argparse.Namespace, run: Run, manifest: Path) -> None:
             [sys.executable, "-m", "everanimate_cli", *words],
             stdout=file,
             stderr=file,
-            env=os.environ | {"OMP_NUM_THREADS": "1"} if options.device == "cpu" else None,
             check=False,
         )
     if done.returncode:
@@ -654,10 +672,7 @@ def evaluate_one(job: Job) -> tuple[Job, float]:
 
 def evaluate(options: argparse.Namespace, names: Sequence[str], defaults: ModelDefaults) -> None:
     """Animate and score what is missing, an arm after the other."""
-    from everanimate_cli import hub, weights  # noqa: PLC0415
-
-    source = hub.locate_model(options.model, lambda _event: None)
-    model_hash = weights.checkpoint_hash(source)
+    base = model_hash(options.model)
     jobs = []
     for name in names:
         arm = ARMS[name]
@@ -666,8 +681,8 @@ def evaluate(options: argparse.Namespace, names: Sequence[str], defaults: ModelD
             raise SystemExit(f"{lora} is missing. Run `train --arm {name}` first.")
         seconds = options.seconds or arm.seconds
         identity = {
-            "model": model_hash,
-            "lora": hashlib.sha256(lora.read_bytes()).hexdigest() if lora else None,
+            "model": base,
+            "lora": sha256(lora) if lora else None,
             "steps": options.inference_steps if arm.memory else None,
         }
         jobs += [
@@ -767,7 +782,9 @@ def window_figures(result: Mapping[str, Any], window_s: float) -> dict[str, list
             "person": metrics.psnr_db((shares @ part["person_error"]) / max(shares.sum(), 1e-9)),
             "background": metrics.psnr_db(np.average(part["background_error"], weights=1 - shares)),
             "colour": shift.size,
-            "seam": metrics.seam_jump(jumps, np.flatnonzero(seams)) if has_seams else math.nan,
+            "seam": metrics.seam_jump(jumps, np.flatnonzero(seams).tolist())
+            if has_seams
+            else math.nan,
         }
         for name, value in row.items():
             figures[name].append(float(value))
@@ -868,10 +885,9 @@ def compare(figures: Mapping[tuple[str, Camera], Figures]) -> list[dict[str, Any
     rows = []
     for camera in CAMERAS:
         for name, over in COMPARISONS:
-            pair = [figures.get((arm, camera)) for arm in (name, over)]
-            if pair[0] is None or pair[1] is None:
+            ours, theirs = figures.get((name, camera)), figures.get((over, camera))
+            if ours is None or theirs is None:
                 continue
-            ours, theirs = pair
             indices = sorted({*ours.indices} & {*theirs.indices})
             last = min(ours.num_windows, theirs.num_windows) - 1
             if len(indices) < 2:
@@ -1047,7 +1063,7 @@ def draw_sheet(work: Path, defaults: ModelDefaults, names: Sequence[str], who: s
 # --- command -------------------------------------------------------------------------------------
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Stages and options."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -1077,7 +1093,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--plot", type=Path, help="PNG file; needs matplotlib")
     parser.add_argument("--sheet", type=Path, help="PNG file of frames of one character")
     parser.add_argument("--sheet-character", default="still-0", help="such as moving-3")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     unknown = {*options.stages} - {"dataset", "train", "evaluate"}
     if unknown:
         parser.error(f"unknown stage {', '.join(sorted(unknown))}")
@@ -1089,9 +1105,11 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Run the stages that are asked for, then report."""
-    options = parse_options()
+    options = parse_options(arguments)
+    # Before torch is imported: tensors are small, so the cores are shared by processes.
+    os.environ["OMP_NUM_THREADS"] = "1"
     names = choose_arms(options.arm or ["main", "yardstick"])
     if options.stages or options.sheet:
         from everanimate_cli import hub  # noqa: PLC0415

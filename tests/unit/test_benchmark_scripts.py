@@ -1,10 +1,20 @@
+import contextlib
+import csv
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from benchmarks import drift
 from tiny import TINY_DEFAULTS, write_tiny_checkpoint
+
+from everanimate_cli import metrics
+from everanimate_cli.images import read_image
+from everanimate_cli.train_settings import TrainSettings
+from everanimate_cli.video import VideoReader
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 SPEED_SCRIPT = SCRIPTS / "animate_speed.py"
@@ -151,3 +161,218 @@ def test_rtmlib_is_asked_for(tmp_path: Path) -> None:
     )
     assert done.returncode == 1
     assert "pip install --no-deps rtmlib==0.0.16" in done.stderr
+
+
+# --- drift.py ------------------------------------------------------------------------------------
+
+DRIFT_ARMS = ("base-latent", "base-pixel5", "copy", "ceiling")
+DRIFT_FRAMES, WINDOW_FRAMES = 20, 10
+
+
+@pytest.fixture(scope="module")
+def drifting(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the script prints, and its folder."""
+    work = tmp_path_factory.mktemp("drift")
+    words = ["--work", str(work), "--model", str(write_tiny_checkpoint(work / "tiny"))]
+    words += ["--arm", *DRIFT_ARMS, "--videos", "2", "--characters", "2"]
+    words += ["--seconds", f"{DRIFT_FRAMES / 12.5}", "--window", f"{WINDOW_FRAMES / 12.5}"]
+    reports = ["--table", "--json", str(work / "all.json"), "--plot", str(work / "plot.png")]
+    reports += ["--sheet", str(work / "sheet.png"), "--sheet-character", "moving-1"]
+    drift.main(["dataset", "evaluate", *words, "--inference-steps", "1"])
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        drift.main([*words, *reports])
+    return printed.getvalue(), work
+
+
+def read_result(work: Path, arm: str, who: str) -> dict:
+    return json.loads((work / "results" / arm / f"{who}.json").read_text())
+
+
+def test_training_videos_are_aligned_and_described(drifting: tuple[str, Path]) -> None:
+    folder = drifting[1] / "dataset"
+    with (folder / "manifest.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["prompt"].split(",")[0] for row in rows] == ["still camera", "moving camera"]
+    for row in rows:
+        lengths, sizes = set(), []
+        for track in ("video", "pose", "face"):
+            with VideoReader(folder / row[track]) as reader:
+                lengths.add(len(reader))
+                sizes.append((reader.info.height, reader.info.width))
+                assert float(reader.rate) == 12.5
+        assert len(lengths) == 1
+        assert 75 <= lengths.pop() <= 125
+        assert sizes == [(48, 64), (48, 64), (16, 16)]
+
+
+def test_scores_of_a_video_are_those_of_its_frames(drifting: tuple[str, Path]) -> None:
+    """The reference over and over, against the world as it is."""
+    _, work = drifting
+    world = drift.World("moving", 1, TINY_DEFAULTS)
+    frames = [world.frame(index).rgb.astype(float) for index in range(DRIFT_FRAMES)]
+    errors = [((frame - frames[0]) ** 2).mean() for frame in frames]
+    figures = json.loads((work / "all.json").read_text())
+    (arm,) = (arm for arm in figures["arms"] if (arm["arm"], arm["camera"]) == ("copy", "moving"))
+    for window, measured in enumerate(arm["psnr"][arm["characters"].index(1)]):
+        part = errors[window * WINDOW_FRAMES : (window + 1) * WINDOW_FRAMES]
+        assert measured == pytest.approx(10 * np.log10(255**2 / np.mean(part)), abs=1e-3)
+    # What differs from the empty room is the person, whose error weighs as much as it is large.
+    scores = read_result(work, "copy", "moving-1")["scores"]
+    share, person, rest = (
+        np.array(scores[name]) for name in ("person_share", "person_error", "background_error")
+    )
+    assert (share > 0.05).all()
+    assert (share < 0.6).all()
+    assert share * person + (1 - share) * rest == pytest.approx(np.array(errors), rel=1e-4)
+
+
+def test_each_arm_has_its_own_memory(drifting: tuple[str, Path]) -> None:
+    _, work = drifting
+    made = {arm: read_result(work, arm, "still-0") for arm in DRIFT_ARMS}
+    # F = 9: chunks follow each other by 5 frames with an overlap of 4, by 4 with one of 5.
+    assert made["base-latent"]["seams"] == made["ceiling"]["seams"] == [9, 14, 19]
+    assert made["base-pixel5"]["seams"] == [9, 13, 17]
+    assert made["copy"]["seams"] == []
+    assert len({tuple(result["scores"]["error"]) for result in made.values()}) == len(made)
+    for result in made.values():
+        assert {len(values) for values in result["scores"].values()} == {DRIFT_FRAMES}
+
+
+def test_jumps_at_seams_are_told_from_the_others() -> None:
+    num_frames = 8
+    scores = {name: [1.0] * num_frames for name in ("error", "ssim", "person_error")}
+    scores |= {name: [0.5] * num_frames for name in ("background_error", "person_share")}
+    scores |= dict.fromkeys(metrics.ColourShift._fields, [2.0] * num_frames)
+    scores["jump"] = [0.0, 1.0, 6.0, 1.0, 2.0, 2.0, 8.0, 2.0]
+    result = {"scores": scores, "rate_fps": 2.0, "seams": [2, 6, 10]}
+    figures = drift.window_figures(result, 2.0)
+    assert figures["seam"] == [6.0, 4.0]  # nothing comes before the first frame
+    assert figures["colour"] == pytest.approx([12**0.5] * 2)
+
+
+def test_what_is_done_is_not_done_again(drifting: tuple[str, Path]) -> None:
+    _, work = drifting
+    path = work / "results" / "copy" / "still-0.json"
+    found = json.loads(path.read_text())
+    given = {"arm": "copy", "camera": "still", "index": 0, "num_steps": 1, "model": "toy"}
+    given |= {"device": "cpu", "lora": None, "path": path}
+
+    def is_done(**changed: object) -> bool:
+        shape = {"num_frames": DRIFT_FRAMES, "identity": found["identity"]}
+        return drift.Job(**given | shape | changed).is_done
+
+    assert is_done()
+    assert is_done(num_frames=DRIFT_FRAMES - 1)
+    assert not is_done(num_frames=DRIFT_FRAMES + 1)
+    assert not is_done(identity=found["identity"] | {"model": "another"})
+    assert not is_done(path=path.with_name("still-9.json"))
+
+
+def test_arms_are_compared_and_drawn(drifting: tuple[str, Path]) -> None:
+    printed, work = drifting
+    for arm in DRIFT_ARMS:
+        assert f"| {drift.ARMS[arm].title} | 2 | " in printed
+    assert "| PSNR [dB], moving camera | 0-0.8 s | 0.8-1.6 s | per minute |" in printed
+    # Reference and 2 kept frames, truth and four arms.
+    assert read_image(work / "sheet.png").shape == (24 + 5 * 128, 96 + 128 + 16 + 2 * 128, 3)
+    assert min(read_image(work / "plot.png").shape[:2]) > 500
+
+
+def test_differences_are_paired_by_character() -> None:
+    """An arm that is better by 1 dB throughout, of videos that differ by 20 dB."""
+    theirs = np.array([[10.0, 9.0], [20.0, 19.0], [30.0, 29.0]])
+
+    def figures(values: np.ndarray, indices: list[int]) -> drift.Figures:
+        return drift.Figures(
+            indices=indices, values=dict.fromkeys(drift.MEASURES, values), window_s=10.0
+        )
+
+    better = np.vstack([theirs + [[1.0, 2.0]], [[99.0, 99.0]]])  # noqa: RUF005  # a sum of arrays
+    rows = drift.compare(
+        {
+            ("latent-rfm", "still"): figures(better, [0, 1, 2, 5]),
+            ("pixel1", "still"): figures(theirs, [0, 1, 2]),
+        }
+    )
+    assert [row["window"] for row in rows] == ["0-10 s", "10-20 s", "per minute"]
+    for row, gain in zip(rows, (1.0, 2.0, 6.0), strict=True):
+        assert (row["arm"], row["over"], row["characters"]) == ("latent-rfm", "pixel1", 3)
+        assert row["psnr"] == pytest.approx({"value": gain, "low": gain, "high": gain})
+    assert rows[0]["psnr_gain"]["value"] == pytest.approx(1 / 20)
+    assert "**+2.00 [+2.00, +2.00]**" in drift.lay_out_comparisons(rows, "still")
+
+
+def test_all_arms_get_the_same_training() -> None:
+    """Halves of options that `train-lora` takes; an ablation differs in its own one only."""
+    seen = {}
+    for name, arm in drift.ARMS.items():
+        if arm.run is None:
+            continue
+        assert arm.run.init is not None
+        assert arm.run.init.init is None
+        settings = []
+        for run in (arm.run.init, arm.run):
+            values = {
+                option.removeprefix("--").replace("-", "_"): value
+                for option, value in zip(run.options[::2], run.options[1::2], strict=True)
+            }
+            kinds = {"stage": int, "carry_frames": int, "memory": str, "correction": str}
+            settings.append(
+                TrainSettings(
+                    dataset=Path("videos"),
+                    **{key: kinds.get(key, float)(value) for key, value in values.items()},
+                )
+            )
+        assert {one.memory for one in settings} == {arm.memory}
+        assert {one.carry_frames for one in settings} == {arm.carry_frames}
+        seen[name] = settings
+    assert seen["latent"][0] == seen["latent"][1] == seen["latent-rfm"][0]
+    restoring = vars(seen["latent-rfm"][1])
+    for name, changed in {
+        "no-identity": {"reference_anchor_probability"},
+        "no-augmentation": {"memory_augmentation"},
+        "exact": {"correction"},
+        "exact-no-gate": {"correction", "degradation_min_sigma"},
+        "constant": {"correction"},
+    }.items():
+        second = vars(seen[name][1])
+        assert {key for key in second if second[key] != restoring[key]} == changed
+
+
+def test_halves_are_trained_in_order_and_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = []
+
+    def pretend(words: list, **_given: object) -> subprocess.CompletedProcess:
+        given = dict(zip(words[5::2], words[6::2], strict=True))
+        folder = Path(given["--output"])
+        trained.append((folder.name, given["--stage"], given["--steps"], given.get("--init")))
+        folder.mkdir()
+        (folder / "lora.safetensors").touch()
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(drift.subprocess, "run", pretend)
+    manifest = tmp_path / "manifest.csv"
+    manifest.touch()
+    words = ["train", "--work", str(tmp_path), "--arm", "latent-rfm", "latent", "--steps", "10"]
+    options = drift.parse_options(words)
+    drift.train(options, options.arm, manifest)
+    init = str(tmp_path / "lora" / "latent-half" / "lora.safetensors")
+    expected = [("latent-half", "1", "5", None)]
+    expected += [("latent-rfm", "2", "5", init), ("latent", "1", "5", init)]
+    assert trained == expected
+    drift.train(options, options.arm, manifest)
+    assert trained == expected
+    options.lr = 1.0
+    with pytest.raises(SystemExit, match="latent-half was trained with other words"):
+        drift.train(options, options.arm, manifest)
+    manifest.write_text("changed")
+    with pytest.raises(SystemExit, match="latent-half was trained with other words, manifest"):
+        drift.train(options, options.arm, manifest)
+
+
+def test_unknown_arms_are_refused() -> None:
+    assert drift.choose_arms(["ceiling", "main"])[:2] == ["sink", "pixel1"]
+    with pytest.raises(SystemExit, match="--arm best is unknown"):
+        drift.choose_arms(["best"])
