@@ -35,7 +35,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
@@ -767,8 +767,10 @@ def window_figures(result: Mapping[str, Any], window_s: float) -> dict[str, list
     is_seam = np.zeros(num_frames, np.bool_)
     is_seam[[seam for seam in result["seams"] if seam < num_frames]] = True
     figures: dict[str, list[float]] = {name: [] for name in MEASURES}
-    for window in range(math.ceil(num_frames / rate_fps / window_s)):
-        start, stop = (round(edge * window_s * rate_fps) for edge in (window, window + 1))
+    # Less than half a window at the end belongs to the one before.
+    num_windows = max(1, round(num_frames / rate_fps / window_s))
+    edges = [round(window * window_s * rate_fps) for window in range(num_windows)]
+    for start, stop in pairwise((*edges, num_frames)):
         part = {name: values[start:stop] for name, values in scores.items()}
         shares = part["person_share"]
         shift = metrics.ColourShift(*(part[name].mean() for name in metrics.ColourShift._fields))

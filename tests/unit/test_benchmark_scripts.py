@@ -248,6 +248,8 @@ def test_jumps_at_seams_are_told_from_the_others() -> None:
     figures = drift.window_figures(result, 2.0)
     assert figures["seam"] == [6.0, 4.0]  # nothing comes before the first frame
     assert figures["colour"] == pytest.approx([12**0.5] * 2)
+    # Windows of 3.2 frames: the last one has the remaining 5.
+    assert len(drift.window_figures(result, 1.6)["psnr"]) == 2
 
 
 def test_what_is_done_is_not_done_again(drifting: tuple[str, Path]) -> None:
