@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from everanimate_cli import __version__
+from everanimate_cli import __version__, cli_analyze
 from everanimate_cli.cli_animate import ANIMATE_HELP, run_animate
 from everanimate_cli.cli_extract import EXTRACT_HELP, run_extract_pose
 from everanimate_cli.cli_options import (
@@ -88,6 +88,7 @@ def _program(
 app.command("animate", help=ANIMATE_HELP)(run_animate)
 app.command("extract-pose", help=EXTRACT_HELP)(run_extract_pose)
 app.command("train-lora", help=TRAIN_HELP)(run_train_lora)
+app.add_typer(cli_analyze.app, name="analyze")
 
 
 @app.command("demo", help=DEMO_HELP)
@@ -175,13 +176,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except EverAnimateError as error:
         return _fail(str(error), error.exit_code)
     except typer.TyperException as error:
-        named = words[0] in [command.name for command in app.registered_commands]
-        command = f"{PROGRAM} {words[0]}" if named else PROGRAM
+        command = f"{PROGRAM} {_command_of(words)}".rstrip()
         # "Value error" is the type checker's remark on a choice that does not exist.
         message = error.format_message().replace("Value error, ", "").rstrip()
         stop = "" if message.endswith((".", "?")) else "."
         return _fail(f"{message}{stop} See '{command} --help'.", error.exit_code)
     return int(code or 0)
+
+
+def _command_of(words: Sequence[str]) -> str:
+    """The command that words begin with, such as "analyze roundtrip"; empty if there is none."""
+    if words[0] in [command.name for command in app.registered_commands]:
+        return words[0]
+    for group in app.registered_groups:
+        if words[0] == group.name:
+            commands = [command.name for command in group.typer_instance.registered_commands]
+            return " ".join(words[:2] if words[1:2] and words[1] in commands else words[:1])
+    return ""
 
 
 def _fail(message: str, exit_code: int) -> int:

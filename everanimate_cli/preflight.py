@@ -3,9 +3,19 @@
 import json
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from everanimate_cli.analyze_settings import (
+    ATTENTION_FILES,
+    ROUNDTRIP_FILES,
+    AttentionSettings,
+    RoundtripSettings,
+)
 from everanimate_cli.errors import InputError, SettingsError, WeightsError
+from everanimate_cli.eval_manifest import list_entries
+from everanimate_cli.eval_settings import EvalSettings
 from everanimate_cli.manifest import read_dataset
 from everanimate_cli.model_table import check_models
 from everanimate_cli.records import LoraSpec, option_name, split_hub_id
@@ -170,8 +180,22 @@ def check_train(settings: TrainSettings) -> None:
 def _check_init(source: str, rank: int) -> None:
     check_lora(LoraSpec(source), "--init")
     path = Path(source)
-    if not path.exists():  # on the Hub
-        return
+    if path.exists():  # else it is on the Hub
+        check_init_rank(source, path, rank)
+
+
+def check_init_rank(source: str, path: Path, rank: int) -> None:
+    """Refuse to start a training from a LoRA of another rank, or of several.
+
+    Args:
+        source: As given with `--init`.
+        path: Where that is.
+        rank: Of the training.
+
+    Raises:
+        WeightsError: If the file is no LoRA, or has several ranks.
+        SettingsError: If it has another rank.
+    """
     try:
         shapes = read_tensor_shapes(path)
     except WeightsError as error:
@@ -207,7 +231,9 @@ def _check_train_output(output: Path, settings: TrainSettings) -> None:
         raise InputError(
             f"--output {output} holds {names[0]}, but no training. Give another folder."
         )
-    if folder.has_result() and not (settings.resume or settings.overwrite):
+    # Without its request a LoRA belongs to no training that could go on.
+    goes_on = settings.resume and folder.request_path.exists()
+    if folder.has_result() and not (goes_on or settings.overwrite):
         raise output_exists(output)
 
 
@@ -478,3 +504,111 @@ def _check_new_folder(label: str, folder: Path) -> None:
             f"{label} {folder} cannot be written: the folder {writable} is not writable. "
             "Give another path."
         )
+
+
+def check_analyze_roundtrip(settings: RoundtripSettings) -> None:
+    """Refuse an analysis whose input is missing or whose folder cannot be written.
+
+    Raises:
+        InputError: If the file is missing or empty, or the folder is in the way.
+        SettingsError: If the model's name fits nothing.
+        WeightsError: If the model's folder is no checkpoint.
+    """
+    _check_file("VIDEO", settings.video, "Give a video or a picture.")
+    check_model(settings.model)
+    output = settings.output or settings.default_output
+    _check_analysis_folder(output, ROUNDTRIP_FILES, settings.overwrite)
+
+
+def check_analyze_attention(settings: AttentionSettings) -> None:
+    """Refuse an analysis whose inputs are missing or whose folder cannot be written.
+
+    Raises:
+        InputError: If a file or folder is missing, empty, of the wrong kind or in the way.
+        SettingsError: If the model's or a LoRA's name fits nothing.
+        WeightsError: If the model's folder is no checkpoint.
+    """
+    output = settings.output or settings.default_output
+    _check_analysis_folder(output, ATTENTION_FILES, settings.overwrite)
+    # The video of this animation is never written.
+    check_animate(replace(settings.to_animate(), overwrite=True))
+
+
+def _check_analysis_folder(output: Path, files: Sequence[str], overwrite: bool) -> None:
+    if output.name in ("", ".."):
+        raise InputError(f"--output {output} has no name. Give the name of a folder to make.")
+    if len(os.fsencode(output.name)) > _MAX_NAME_BYTES:
+        raise InputError(f"--output {output} has too long a name. Give a shorter one.")
+    _check_new_folder("--output", output)
+    if overwrite or not output.is_dir():
+        return
+    present = {path.name for path in output.iterdir()}
+    # An analysis that was interrupted while it wrote may be made again.
+    if present and (files[-1] in present or not present.issubset(files)):
+        shown = files[-1] if files[-1] in present else min(present)
+        raise InputError(
+            f"--output {output} holds {shown}. "
+            "Add --overwrite to replace it, or give another folder."
+        )
+
+
+def check_eval(settings: EvalSettings) -> None:
+    """Refuse an evaluation whose inputs are missing or whose files cannot be written.
+
+    Videos are not opened yet.
+
+    Raises:
+        InputError: If a file or folder is missing, empty, of the wrong kind or in the way.
+        SettingsError: If a model's name fits nothing.
+        WeightsError: If the model's folder is no checkpoint.
+    """
+    inputs = set()
+    for entry in list_entries(settings):
+        _check_file("GENERATED", entry.generated, "Give a video to measure.")
+        if entry.truth is not None:
+            _check_file("--truth", entry.truth, "Give the video that it should equal.")
+        if entry.reference is not None:
+            _check_file("--reference", entry.reference, "Give a picture of the character.")
+        if entry.driving is not None and not (entry.driving / "pose.mp4").is_file():
+            problem = "has no pose.mp4" if entry.driving.is_dir() else "is no folder"
+            problem = problem if entry.driving.exists() else "does not exist"
+            raise InputError(
+                f"--driving {entry.driving} {problem}. Give a folder made by extract-pose."
+            )
+        files = (entry.generated, entry.truth, entry.reference, settings.manifest)
+        inputs |= {path.resolve() for path in files if path is not None}
+    check_model(settings.model)
+    if settings.pose_model is not None or settings.detector is not None:
+        check_models(settings.pose_model or DEFAULT_POSE_MODEL, settings.detector)
+    if settings.cache is not None:
+        _check_new_folder("--cache", settings.cache)
+    outputs = set()
+    for name in ("output", "csv", "plot", "report"):
+        path = getattr(settings, name)
+        if path is None:
+            continue
+        label = option_name(name)
+        _check_new_file(label, path, overwrite=settings.overwrite)
+        if path.resolve() in inputs:
+            raise InputError(f"{label} {path} is also an input. Give another name.")
+        if path.resolve() in outputs:
+            raise InputError(f"{label} {path} is also another result. Give another name.")
+        outputs.add(path.resolve())
+
+
+def _check_new_file(label: str, path: Path, *, overwrite: bool) -> None:
+    """Refuse what is no file that can be made, or replaced with leave."""
+    if path.is_dir():
+        raise InputError(f"{label} {path} is a folder. Give a file name.")
+    if not path.parent.is_dir():
+        raise InputError(
+            f"{label} {path} cannot be written: the folder {path.parent} does not exist. "
+            "Make it first, or give another path."
+        )
+    if not os.access(path.parent, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{label} {path} cannot be written: the folder {path.parent} is not writable. "
+            "Give another path."
+        )
+    if path.exists() and not overwrite:
+        raise output_exists(path, label)

@@ -1,0 +1,124 @@
+"""What the analyses share: their folder of results, tables, and figures that need no screen."""
+
+from __future__ import annotations
+
+import csv
+import json
+import platform
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from everanimate_cli.images import atomic_path
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
+
+    from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
+    from matplotlib.figure import Figure
+
+    from everanimate_cli.records import Options
+
+FORMAT_VERSION = 1
+_DPI = 120
+_LIBRARIES = ("everanimate", "torch", "diffusers", "numpy", "av")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisResult:
+    """What an analysis made, or with `dry_run` what it would make.
+
+    Attributes:
+        output: The folder.
+        facts: JSON values: the plan, and the main figures.
+    """
+
+    output: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as one flat JSON object."""
+        return {"output": str(self.output), **self.facts}
+
+
+def write_record(
+    path: Path, settings: Options, facts: Mapping[str, Any], results: Mapping[str, Any]
+) -> None:
+    """Write the JSON file of an analysis.
+
+    Args:
+        path: File to make or replace.
+        settings: As given.
+        facts: What was measured: sizes, counts, model, hashes.
+        results: The figures.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    record = {
+        "format_version": FORMAT_VERSION,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in _LIBRARIES},
+        "platform": platform.platform(),
+        "settings": settings.to_json(),
+        **facts,
+        **results,
+    }
+    with atomic_path(path) as temporary:
+        # An infinite PSNR is null: JSON has no infinity.
+        text = json.dumps(record, ensure_ascii=False, indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write rows of equal keys as CSV; None is an empty cell.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    with (
+        atomic_path(path) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def new_figure(width: float, height: float, title: str) -> Figure:
+    """An empty figure of so many inches, made without pyplot, which would look for a screen."""
+    from matplotlib.figure import Figure  # noqa: PLC0415  # heavy
+
+    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
+    figure.suptitle(title, fontsize=13, fontweight="bold")
+    return figure
+
+
+def save_figure(path: Path, figure: Figure) -> None:
+    """Write a figure as PNG, whole or not at all.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
+
+    FigureCanvasAgg(figure)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png")
+
+
+def dress(axes: Axes) -> None:
+    """Give the axes of a curve the look of all curves."""
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def whole_ticks(*axes: Axis) -> None:
+    """Let axes that count something show whole numbers only."""
+    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
+
+    for axis in axes:
+        axis.set_major_locator(MaxNLocator(integer=True))
