@@ -14,6 +14,7 @@ import typer
 
 from everanimate_cli import __version__, cli_analyze
 from everanimate_cli.cli_animate import ANIMATE_HELP, run_animate
+from everanimate_cli.cli_eval import EVAL_HELP, run_eval
 from everanimate_cli.cli_extract import EXTRACT_HELP, run_extract_pose
 from everanimate_cli.cli_options import (
     PROGRAM,
@@ -88,6 +89,7 @@ def _program(
 app.command("animate", help=ANIMATE_HELP)(run_animate)
 app.command("extract-pose", help=EXTRACT_HELP)(run_extract_pose)
 app.command("train-lora", help=TRAIN_HELP)(run_train_lora)
+app.command("eval", help=EVAL_HELP)(run_eval)
 app.add_typer(cli_analyze.app, name="analyze")
 
 
@@ -188,11 +190,10 @@ def _command_of(words: Sequence[str]) -> str:
     """The command that words begin with, such as "analyze roundtrip"; empty if there is none."""
     if words[0] in [command.name for command in app.registered_commands]:
         return words[0]
-    for group in app.registered_groups:
-        if words[0] == group.name:
-            commands = [command.name for command in group.typer_instance.registered_commands]
-            return " ".join(words[:2] if words[1:2] and words[1] in commands else words[:1])
-    return ""
+    if words[0] != "analyze":
+        return ""
+    commands = [command.name for command in cli_analyze.app.registered_commands]
+    return " ".join(words[:2] if words[1:2] and words[1] in commands else words[:1])
 
 
 def _fail(message: str, exit_code: int) -> int:

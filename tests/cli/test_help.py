@@ -14,6 +14,7 @@ from everanimate_cli.cli import DEMO_HELP, RUNS_HELP, main
 from everanimate_cli.cli_animate import ANIMATE_HELP
 from everanimate_cli.cli_extract import EXTRACT_HELP
 from everanimate_cli.cli_train import TRAIN_HELP
+from everanimate_cli.eval_settings import EvalSettings
 from everanimate_cli.records import option_name
 from everanimate_cli.settings import AnimateSettings, DemoSettings, ExtractSettings
 from everanimate_cli.train_settings import TrainSettings
@@ -77,6 +78,16 @@ def test_options_are_grouped(animate_page: str) -> None:
         "Result",
         "Run",
     ]
+
+
+@pytest.mark.parametrize("name", [item.name for item in fields(EvalSettings)])
+def test_every_option_of_an_evaluation_is_on_the_page(eval_page: str, name: str) -> None:
+    assert re.search(rf"^│ +{EvalSettings.label(name)}\b", eval_page, re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def eval_page() -> str:
+    return help_page("eval")
 
 
 def test_the_demo_page_shows_its_options_and_defaults() -> None:

@@ -1,0 +1,166 @@
+"""What `eval` is to measure: the videos on the command line, or a test set in a CSV or JSONL list.
+
+Nothing is opened here but the list itself, so that a slip in it is told at once.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import ClassVar
+
+from everanimate_cli.errors import InputError, SettingsError
+from everanimate_cli.eval_settings import EvalSettings, is_method_name
+from everanimate_cli.records import Record, decode_time
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalEntry(Record):
+    """One video and what it is compared with: a line of the list.
+
+    Attributes:
+        generated: The video.
+        method: Who made it.
+        sample: Which of the test set it is; None outside a test set.
+        truth: The video that it should equal.
+        reference: Picture of the character.
+        driving: Folder that `extract-pose` made of the driving video.
+        start: Where `truth` and `driving` begin [s]; None for what is saved beside the video.
+    """
+
+    LEAST: ClassVar = {"start": 0}
+
+    generated: Path
+    method: str = "generated"
+    sample: str | None = None
+    truth: Path | None = None
+    reference: Path | None = None
+    driving: Path | None = None
+    start: float | None = field(default=None, metadata={"decode": decode_time})
+
+    @property
+    def name(self) -> str:
+        """What it is called among all."""
+        return self.method if self.sample is None else f"{self.method}: {self.sample}"
+
+
+_COLUMNS = tuple(column.name for column in fields(EvalEntry))
+_PATHS = ("generated", "truth", "reference", "driving")
+_ADVICE = "Give a .csv or .jsonl list with a line for each video."
+
+
+def list_entries(settings: EvalSettings) -> list[EvalEntry]:
+    """All videos to measure.
+
+    Raises:
+        InputError: If the manifest is missing or a line of it is wrong.
+    """
+    if settings.manifest is not None:
+        return read_manifest(settings.manifest)
+    shared = {name: getattr(settings, name) for name in ("truth", "reference", "driving", "start")}
+    return [
+        EvalEntry(generated=path, method=name, **shared)
+        for name, path in settings.methods_and_files
+    ]
+
+
+def read_manifest(manifest: Path) -> list[EvalEntry]:
+    """The videos of a test set.
+
+    A CSV file whose first line names the columns, or a JSONL file with one object per line.
+    Columns: generated (needed), method, sample, truth, reference, driving, start. Paths count from
+    the folder of the list, empty values are not given. A sample without a name is called after its
+    truth, else its driving folder, else its video.
+
+    Returns:
+        At least one entry; no two have one method and one sample.
+
+    Raises:
+        InputError: If it lists nothing, or a line of it is wrong.
+    """
+    suffix = manifest.suffix.lower()
+    if not manifest.exists():
+        raise InputError(f"--manifest {manifest} does not exist. {_ADVICE}")
+    if suffix not in (".csv", ".jsonl") or manifest.is_dir():
+        raise InputError(f"--manifest {manifest} is neither a .csv nor a .jsonl file. {_ADVICE}")
+    try:
+        text = manifest.read_text(encoding="utf-8-sig")  # Windows programs put a mark in front
+    except OSError as error:
+        raise InputError(f"--manifest {manifest} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"--manifest {manifest} is not UTF-8 text. Save it as UTF-8.") from error
+    rows = _csv_rows(manifest, text) if suffix == ".csv" else _jsonl_rows(manifest, text)
+    entries: list[EvalEntry] = []
+    for number, row in rows:
+        entry = _entry_of_row(manifest, number, row)
+        if entry.name in [other.name for other in entries]:
+            raise _wrong_line(
+                manifest, number, f"{entry.name} is there twice. Give each a sample of its own."
+            )
+        entries.append(entry)
+    if not entries:
+        raise InputError(f"--manifest {manifest} lists no video. Add a line for each video.")
+    return entries
+
+
+def _csv_rows(manifest: Path, text: str) -> Iterator[tuple[int, Mapping[str, object]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
+    try:
+        header = [name.strip() for name in next(reader, [])]
+        if len(set(header)) != len(header):
+            raise _wrong_line(manifest, 1, "a column is there twice.")
+        for values in reader:
+            if not any(values):  # an empty line, or one of commas as spreadsheets leave them
+                continue
+            if len(values) != len(header):
+                raise _wrong_line(
+                    manifest,
+                    reader.line_num,
+                    f"{len(values)} values for {len(header)} columns. Quote values with commas.",
+                )
+            yield reader.line_num, dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise _wrong_line(manifest, reader.line_num, f"{error}.") from error
+
+
+def _jsonl_rows(manifest: Path, text: str) -> Iterator[tuple[int, Mapping[str, object]]]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise _wrong_line(manifest, number, f"not JSON ({error}).") from error
+        if not isinstance(row, dict):
+            raise _wrong_line(manifest, number, "not a JSON object.")
+        yield number, row
+
+
+def _entry_of_row(manifest: Path, number: int, row: Mapping[str, object]) -> EvalEntry:
+    unknown = [name for name in row if name not in _COLUMNS]
+    if unknown:
+        raise _wrong_line(
+            manifest, number, f"'{unknown[0]}' is unknown. Known: {', '.join(_COLUMNS)}."
+        )
+    try:
+        given = {name: value for name, value in row.items() if value not in (None, "")}
+        entry = EvalEntry.from_json(given)
+        if not is_method_name(entry.method):  # no gate could name it
+            raise SettingsError(f"method {entry.method} holds <, >, = or @. Give a plain name.")
+    except SettingsError as error:
+        raise _wrong_line(manifest, number, str(error)) from error
+    sample = entry.sample
+    if sample is None:
+        sample = next(path.stem for path in (entry.truth, entry.driving, entry.generated) if path)
+    located = {
+        name: manifest.parent / path
+        for name in _PATHS
+        if (path := getattr(entry, name)) is not None
+    }
+    return replace(entry, sample=sample, **located)
+
+
+def _wrong_line(manifest: Path, number: int, problem: str) -> InputError:
+    return InputError(f"--manifest {manifest} line {number}: {problem}")
