@@ -168,8 +168,11 @@ def show_progress(*, quiet: bool = False, console: Console | None = None) -> Ite
             # Chunks can take minutes: the default of 30 s would forget all speed between them.
             speed_estimate_period=3600.0,
         )
-        with bars:
+        try:
             yield BarReporter(bars)
+        finally:
+            if bars.live.is_started:
+                bars.stop()
 
 
 def _ignore(_event: Event) -> None:
@@ -239,7 +242,7 @@ class BarReporter:
     """Draws events as bars: over chunks and the steps of the current one, a phase, a training."""
 
     def __init__(self, bars: Progress) -> None:
-        """Take running bars; tasks appear with the first event that needs them."""
+        """Take bars that are not started; tasks appear with the first event that needs them."""
         self._bars = bars
         self._tally = Tally()
         self._started: ChunkStarted | None = None
@@ -250,6 +253,9 @@ class BarReporter:
 
     def __call__(self, event: Event) -> None:
         """Show one event."""
+        # Not before: of several processes only one has events, and idle bars of the others would
+        # wipe its line again and again.
+        self._bars.start()
         if isinstance(event, Note):
             _print_line(self._bars.console, event.text)
         elif isinstance(event, ChunkStarted):

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save
+from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from everanimate_cli.errors import SettingsError
 from everanimate_cli.images import atomic_path
@@ -108,6 +118,42 @@ def scatter_like(value: Tensor, like: Tensor) -> Tensor:
     if isinstance(like, DTensor):
         return distribute_tensor(value, like.device_mesh, like.placements)
     return value
+
+
+def ignore_frozen_weights(network: nn.Module) -> None:
+    """Let DDP neither send nor compare what is the same in all processes and stays so.
+
+    At the start it would send the whole base, in formats that not every channel knows (fp8).
+    """
+    names = [name for name, value in network.named_parameters() if not value.requires_grad]
+    names += [name for name, _ in network.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, names)
+
+
+def shard_network(
+    network: EverAnimateTransformer3DModel, device: torch.device, *, offload: bool
+) -> None:
+    """Leave each process a part of every weight (FSDP2); all must call it.
+
+    A block or face adapter is put together for the moments in which it computes. Weights keep
+    their own formats, so that float32 adapters sit in bfloat16 blocks.
+
+    Args:
+        network: With adapters, on the CPU or the device; changed in place. Its parameters are
+            others afterwards.
+        device: Where it computes.
+        offload: Whether the parts wait in main memory.
+    """
+    # What leaves a block is a view sometimes; nothing changes it in place.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
+    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    for module in (*network.blocks, *network.face_adapter):
+        # Put together anew in the backward pass: after a validation no part may stay whole.
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)
+    fully_shard(network, mesh=mesh, offload_policy=policy)
+    for name in ("embed_pose", "embed_face"):  # they need weights before `forward` is called
+        register_fsdp_forward_method(network, name)
 
 
 def load_initial_lora(

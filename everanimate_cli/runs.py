@@ -328,6 +328,8 @@ class TrainFolder(WorkFolder):
         super().clear()
         for path in self.tensorboard_path.glob("events.out.tfevents.*"):
             path.unlink(missing_ok=True)
+        with suppress(OSError):  # it is not there, or holds the user's own files
+            self.tensorboard_path.rmdir()
 
     def drop_checkpoints(self, num_kept: int) -> None:
         """Delete all checkpoints but the last ones."""

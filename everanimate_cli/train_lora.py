@@ -13,15 +13,14 @@ import math
 import signal
 import threading
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 
 from everanimate_cli import hub, weights
 from everanimate_cli.errors import RunError, SettingsError
@@ -30,23 +29,31 @@ from everanimate_cli.images import atomic_path
 from everanimate_cli.lora_adapter import (
     attach_lora,
     gather,
+    ignore_frozen_weights,
     load_initial_lora,
     lora_parameters,
     read_adapters,
     save_lora,
     scatter_like,
+    shard_network,
     store_blocks_as_fp8,
     write_adapters,
 )
 from everanimate_cli.loss_plot import plot_losses
 from everanimate_cli.objective import correction_weight, training_pair, velocity_loss
 from everanimate_cli.pipeline import AnimatePipeline, peak_memory_mib
-from everanimate_cli.preflight import output_exists, unfit_size
+from everanimate_cli.preflight import check_init_rank, output_exists, unfit_size
 from everanimate_cli.records import LoraSpec
 from everanimate_cli.runs import TrainFolder
 from everanimate_cli.schedule import model_timestep, training_schedule
 from everanimate_cli.train_settings import ResolvedTrainSettings, TrainSettings, resolve_training
-from everanimate_cli.training_clips import TrainingClip, open_clips
+from everanimate_cli.training_clips import ClipSet, TrainingClip, open_clips
+from everanimate_cli.training_processes import (
+    Processes,
+    StoppedElsewhereError,
+    computes_in_bf16,
+    open_processes,
+)
 from everanimate_cli.training_samples import (
     SampleSource,
     TrainingExample,
@@ -68,6 +75,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from accelerate import Accelerator
     from torch import Tensor
 
     from everanimate_cli.transformer import EverAnimateTransformer3DModel
@@ -123,18 +131,24 @@ def train_lora(settings: TrainSettings, on_event: OnEvent) -> TrainResult | None
     """
     device = weights.choose_device(settings.device)
     dtype = weights.choose_dtype(settings.dtype, device)
+    try:
+        with open_processes(settings, device, dtype) as processes:
+            return _train(settings, processes, dtype, on_event if processes.is_main else _ignore)
+    except StoppedElsewhereError:
+        return None
+
+
+def _train(
+    settings: TrainSettings, processes: Processes, dtype: torch.dtype, on_event: OnEvent
+) -> TrainResult | None:
+    """As `train_lora`, in one of the processes."""
+    is_main, accelerator = processes.is_main, processes.accelerator
     with ExitStack() as stack:
-        accelerator = stack.enter_context(_processes(settings, device, dtype))
-        is_main = accelerator.is_main_process
-        report = on_event if is_main else _ignore
-        with accelerator.main_process_first():  # downloads, and poses of raw videos
-            work = _check(settings, dtype, report)
+        work = _check(settings, processes, dtype, on_event)
         resolved = work.settings
-        facts = {
+        facts: dict[str, Any] = {
             "steps": resolved.steps,
-            "samples_per_step": resolved.batch_size
-            * resolved.accumulate
-            * accelerator.num_processes,
+            "samples_per_step": resolved.batch_size * resolved.accumulate * processes.count,
             "clips": len(work.clips) + work.num_pending,
             "clips_rejected": work.num_rejected,
             "size": resolved.size,
@@ -145,24 +159,23 @@ def train_lora(settings: TrainSettings, on_event: OnEvent) -> TrainResult | None
             "model": work.source.name,
             "device": str(accelerator.device),
             "dtype": str(dtype).removeprefix("torch."),
-            "processes": accelerator.num_processes,
+            "processes": processes.count,
         }
         folder = TrainFolder(resolved.output)
         if resolved.dry_run:
             facts |= _estimate_memory_mib(work, dtype)
             return TrainResult(output=folder.lora_path, facts=facts) if is_main else None
-        request = _request(work, facts["samples_per_step"])
-        if is_main:
-            stack.enter_context(_open_folder(folder, resolved, request))
-        accelerator.wait_for_everyone()
-        with _memory_errors(resolved):
-            source, pipeline, transformer = _prepare(work, accelerator, dtype, report)
-            training = _Training(resolved, accelerator, folder, transformer, work.init, report)
-            training.run(source, _validation(work, pipeline, accelerator))
+        request = _request(work, facts["samples_per_step"], dtype)
+        with processes.stopping_together():
+            if is_main:
+                stack.enter_context(_open_folder(folder, resolved, request))
+        with _memory_errors(work, dtype):
+            source, pipeline, transformer = _prepare(work, processes, dtype, on_event)
+            training = _Training(resolved, processes, folder, transformer, work.init, on_event)
+            training.run(source, _validation(work, pipeline))
             # Before the clean-up, so that a full-size network need not be gathered twice.
             record = {"settings": settings.to_json(), "effective": resolved.to_json()}
             facts |= training.finish(record | {"request": request}, facts)
-        accelerator.wait_for_everyone()
     return TrainResult(output=folder.lora_path, facts=facts) if is_main else None
 
 
@@ -198,48 +211,26 @@ class _Work:
     validation: TrainingClip | None
 
 
-@contextmanager
-def _processes(
-    settings: TrainSettings, device: torch.device, dtype: torch.dtype
-) -> Iterator[Accelerator]:
-    """This process among those that a launcher has started."""
-    accelerator = Accelerator(
-        cpu=device.type == "cpu",
-        mixed_precision=settings.mixed_precision or ("bf16" if dtype == torch.bfloat16 else "no"),
-        gradient_accumulation_steps=settings.accumulate,
-    )
-    try:
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            raise SettingsError(
-                "DeepSpeed's state cannot be stored by train-lora. Launch it with DDP or FSDP2: "
-                "what is trained is small, so that ZeRO has nothing to add."
-            )
-        yield accelerator
-    finally:
-        accelerator.free_memory()
-        # The next call in this process may want another device or precision.
-        accelerator.state._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-
-
-def _check(settings: TrainSettings, dtype: torch.dtype, on_event: OnEvent) -> _Work:
+def _check(
+    settings: TrainSettings, processes: Processes, dtype: torch.dtype, on_event: OnEvent
+) -> _Work:
     """Find model and clips, and refuse what does not fit before anything is written."""
-    download = not settings.dry_run
-    source = hub.locate_model(settings.model, on_event, download=download)
-    resolved = resolve_training(settings, source.defaults)
-    init = None
-    if settings.init is not None:
-        init = hub.locate_lora(
-            LoraSpec(settings.init), on_event, download=download, option="--init"
-        )
-    weights.check_checkpoint(source, [] if init is None else [init])
-    geometry = weights.read_geometry(source)
-    height, width = resolved.height_width
-    if height % geometry.size_multiple or width % geometry.size_multiple:
-        raise unfit_size((height, width), geometry.size_multiple)
-    found = open_clips(resolved, geometry.face_size, on_event)
+    source, resolved, init = processes.main_first(partial(_find_model, settings, on_event))
     model_hash = weights.checkpoint_hash(source)
-    if resolved.latent_cache is not None:  # refuses one of another training
-        open_cache(resolved, found.clips, model_hash=model_hash, dtype=dtype)
+
+    def find_clips() -> tuple[ClipSet, TrainingClip | None]:
+        geometry = weights.read_geometry(source)
+        height, width = resolved.height_width
+        if height % geometry.size_multiple or width % geometry.size_multiple:
+            raise unfit_size((height, width), geometry.size_multiple)
+        found = open_clips(resolved, geometry.face_size, on_event)
+        # Refuses one of another training; of a plan not all clips are known yet.
+        if resolved.latent_cache is not None and not found.pending:
+            open_cache(resolved, found.clips, model_hash=model_hash, dtype=dtype)
+        return found, _choose_validation(resolved, found.clips, geometry.face_size, on_event)
+
+    # By the main process alone: it extracts poses, and others would try again what it could not.
+    found, validation = processes.of_main(find_clips)
     return _Work(
         settings=resolved,
         source=source,
@@ -248,8 +239,28 @@ def _check(settings: TrainSettings, dtype: torch.dtype, on_event: OnEvent) -> _W
         clips=found.clips,
         num_rejected=len(found.rejected),
         num_pending=len(found.pending),
-        validation=_choose_validation(resolved, found.clips, geometry.face_size, on_event),
+        validation=validation,
     )
+
+
+def _find_model(
+    settings: TrainSettings, on_event: OnEvent
+) -> tuple[weights.ModelSource, ResolvedTrainSettings, Path | None]:
+    """The base model, what it means for the settings, and the LoRA to start from.
+
+    Both are on this machine then and checked by their headers.
+    """
+    download = not settings.dry_run
+    source = hub.locate_model(settings.model, on_event, download=download)
+    resolved = resolve_training(settings, source.defaults)
+    init = None
+    if settings.init is not None:
+        init = hub.locate_lora(
+            LoraSpec(settings.init), on_event, download=download, option="--init"
+        )
+        check_init_rank(settings.init, init, settings.rank)
+    weights.check_checkpoint(source, [] if init is None else [init])
+    return source, resolved, init
 
 
 def _choose_validation(
@@ -266,13 +277,15 @@ def _choose_validation(
     return open_clips(replace(settings, dataset=settings.validation), face_size, on_event).clips[0]
 
 
-def _request(work: _Work, num_samples: int) -> dict[str, object]:
+def _request(work: _Work, num_samples: int, dtype: torch.dtype) -> dict[str, object]:
     """All that shapes the weights after any step."""
     settings = work.settings
     values: dict[str, object] = {
         name: value for name, value in settings.to_json().items() if name not in _FREE_OPTIONS
     }
     clips = "\n".join(f"{clip.fingerprint} {clip.num_frames} {clip.prompt}" for clip in work.clips)
+    # "auto" is another one on another device.
+    values["dtype"] = str(dtype).removeprefix("torch.")
     # A cache brings samples back in another way than encoding them afresh.
     values["latent_cache"] = settings.latent_cache is not None
     values["samples per step"] = num_samples
@@ -291,7 +304,9 @@ def _open_folder(
     folder: TrainFolder, settings: ResolvedTrainSettings, request: dict[str, object]
 ) -> Iterator[None]:
     """Hold the output folder."""
-    if not settings.resume and folder.has_result() and not settings.overwrite:
+    # Without its request a LoRA belongs to no training that could go on.
+    is_new = not settings.resume or not folder.request_path.exists()
+    if is_new and folder.has_result() and not settings.overwrite:
         raise output_exists(folder.lora_path)
     folder.path.parent.mkdir(parents=True, exist_ok=True)
     with open_work(
@@ -301,13 +316,19 @@ def _open_folder(
         resume=settings.resume,
         overwrite=settings.overwrite,
     ):
+        last = max(folder.checkpoints(), default=0)
+        if last > settings.steps:
+            raise SettingsError(
+                f"--steps {settings.steps} is less than the {last} that --output {folder.path} has "
+                f"made. Give --steps {last} or more, or another --output."
+            )
         yield
 
 
 def _estimate_memory_mib(work: _Work, dtype: torch.dtype) -> dict[str, Any]:
-    """Weights, counted exactly, and what a step takes beside them, estimated."""
+    """Weights, counted exactly, and what a step takes beside them, estimated; for one process."""
     settings = work.settings
-    parts = weights.weights_mib(work.source, dtype)
+    parts = weights.weights_mib(work.source, dtype, quantize=settings.quantize_base == "fp8")
     height, width = settings.height_width
     step = weights.read_geometry(work.source).training_step_mib(
         height,
@@ -315,11 +336,13 @@ def _estimate_memory_mib(work: _Work, dtype: torch.dtype) -> dict[str, Any]:
         settings.frames_per_chunk,
         settings.identity_slots,
         dtype=dtype,
+        autocast=computes_in_bf16(settings, dtype),
         checkpointing=settings.gradient_checkpointing,
     )
     # Without a cache the encoders stay beside the network.
     kept = ["transformer"] if settings.latent_cache is not None else list(parts)
     total = sum(parts[name] for name in kept) + settings.batch_size * step
+    total += weights.lora_mib(work.source, settings.rank)
     return {
         "weights_mib": {name: round(value, 1) for name, value in parts.items()},
         "estimated_memory_mib": round(total),
@@ -327,11 +350,16 @@ def _estimate_memory_mib(work: _Work, dtype: torch.dtype) -> dict[str, Any]:
 
 
 @contextmanager
-def _memory_errors(settings: ResolvedTrainSettings) -> Iterator[None]:
+def _memory_errors(work: _Work, dtype: torch.dtype) -> Iterator[None]:
     """Turn running out of a card's memory into a line that says what lowers it."""
+    settings = work.settings
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        # Apple's MPS has no exception of its own for it.
+        is_ours = isinstance(error, torch.OutOfMemoryError) or "MPS backend out of" in str(error)
+        if not is_ours:
+            raise
         ways = []
         if settings.gradient_checkpointing != "offload":
             better = "on" if settings.gradient_checkpointing == "off" else "offload"
@@ -341,17 +369,18 @@ def _memory_errors(settings: ResolvedTrainSettings) -> Iterator[None]:
         if settings.batch_size > 1:
             ways.append("a smaller --batch-size with more --accumulate")
         ways.append(f"a --size below {settings.size} or fewer --frames-per-chunk")
+        estimate = _estimate_memory_mib(work, dtype)["estimated_memory_mib"]
         raise RunError(
-            f"out of memory in training. Give {', or '.join(ways)}; "
-            "--dry-run estimates what is needed."
+            f"out of memory in training, which takes about {estimate} MiB. "
+            f"Give {', or '.join(ways)}; --dry-run tells the estimate."
         ) from error
 
 
 def _prepare(
-    work: _Work, accelerator: Accelerator, dtype: torch.dtype, on_event: OnEvent
+    work: _Work, processes: Processes, dtype: torch.dtype, on_event: OnEvent
 ) -> tuple[SampleSource, AnimatePipeline | None, EverAnimateTransformer3DModel]:
     """Where examples come from, and the networks: all of them, or the one in training alone."""
-    settings, clips, device = work.settings, work.clips, accelerator.device
+    settings, clips, device = work.settings, work.clips, processes.accelerator.device
 
     def load() -> AnimatePipeline:
         return weights.load_pipeline(
@@ -366,8 +395,8 @@ def _prepare(
         cache,
         settings,
         clips,
-        rank=accelerator.process_index,
-        world_size=accelerator.num_processes,
+        rank=processes.accelerator.process_index,
+        world_size=processes.count,
     )
     pipeline: AnimatePipeline | None = None
     if len(share):
@@ -375,26 +404,21 @@ def _prepare(
         on_event(PhaseStarted(name="latents", total=len(share), unit="samples"))
         for done in fill_cache(cache, share, settings, clips, pipeline):
             on_event(PhaseAdvanced(done=done))
-    accelerator.wait_for_everyone()
+    processes.wait()
     # What other processes have added.
     cache = open_cache(settings, clips, model_hash=work.model_hash, dtype=dtype)
     source = SampleSource(settings, clips, None, cache)
     if settings.validate_every:
         pipeline = pipeline or load()
         return source, pipeline, pipeline.transformer
-    transformer = (
-        weights.load_transformer(work.source, device, dtype)
-        if pipeline is None
-        else pipeline.transformer
-    )
-    return source, None, transformer
+    if pipeline is not None:
+        return source, None, pipeline.transformer
+    # What is shared out goes to its device part by part.
+    place = torch.device("cpu") if processes.shard_weights else device
+    return source, None, weights.load_transformer(work.source, place, dtype)
 
 
-def _validation(
-    work: _Work,
-    pipeline: AnimatePipeline | None,
-    accelerator: Accelerator,
-) -> Validate:
+def _validation(work: _Work, pipeline: AnimatePipeline | None) -> Validate:
     """What renders the validation video; only called with `validate_every`."""
     settings = work.settings
     if not settings.validate_every:
@@ -419,8 +443,7 @@ def _validation(
     def validate(path: Path | None) -> dict[str, float]:
         pipeline.transformer.eval()
         try:
-            with accelerator.autocast():
-                return validation.run(path)
+            return validation.run(path)
         finally:
             pipeline.transformer.train()
 
@@ -444,15 +467,16 @@ class _Training:
     def __init__(
         self,
         settings: ResolvedTrainSettings,
-        accelerator: Accelerator,
+        processes: Processes,
         folder: TrainFolder,
         transformer: EverAnimateTransformer3DModel,
         init: Path | None,
         on_event: OnEvent,
     ) -> None:
         self.step = 0
-        self._settings, self._accelerator, self._folder = settings, accelerator, folder
-        self._on_event = on_event
+        accelerator = processes.accelerator
+        self._settings, self._processes, self._folder = settings, processes, folder
+        self._accelerator, self._on_event = accelerator, on_event
         self._schedule = training_schedule(settings.shift)
         self._network_dtype = transformer.dtype
         if settings.quantize_base == "fp8":
@@ -468,41 +492,57 @@ class _Training:
             )
         if settings.gradient_checkpointing != "off":
             transformer.enable_gradient_checkpointing()
-        _keep_float32(transformer, accelerator.device)
+        _compute_in(transformer, accelerator)
         if settings.compile:
             for block in transformer.blocks:
                 block.compile()
         transformer.train()
         self.transformer = transformer
+        if processes.shard_weights:
+            # Not by accelerate: it would round what has to stay float32, and split the network at
+            # other places.
+            shard_network(transformer, accelerator.device, offload=processes.offload_weights)
+        elif processes.count > 1:
+            ignore_frozen_weights(transformer)
         optimizer = torch.optim.AdamW(
             lora_parameters(transformer).values(),
             lr=settings.lr,
             weight_decay=settings.weight_decay,
         )
-        self._network, self._optimizer = accelerator.prepare(transformer, optimizer)
+        self._network: Any = transformer
+        self._optimizer: Any = optimizer
+        if not processes.shard_weights:
+            self._network, self._optimizer = accelerator.prepare(transformer, optimizer)
         self._average = read_adapters(self._network) if settings.ema is not None else {}
-        steps = folder.checkpoints()
-        if steps:
-            self._restore(steps[-1])
+        last = processes.of_main(lambda: max(folder.checkpoints(), default=0))
+        if last:
+            self._restore(last)
 
     def run(self, source: SampleSource, validate: Validate) -> None:
         """Make the steps that are missing."""
-        settings, accelerator = self._settings, self._accelerator
-        if self.step >= settings.steps:
+        settings, processes = self._settings, self._processes
+        # Killed between a checkpoint and the look at it, which takes longer.
+        is_unseen = self._is_validated() and processes.of_main(self._lacks_validation)
+        if self.step >= settings.steps and not is_unseen:
             return
-        self._on_event(Note(text=self._describe()))
         with ExitStack() as stack:
             log = None
-            if accelerator.is_main_process:
-                log = _Log(self._folder, self.step, self._on_event, board=settings.tensorboard)
-                stack.callback(log.close)
+            with processes.stopping_together():
+                if processes.is_main:
+                    log = _Log(self._folder, self.step, self._on_event, board=settings.tensorboard)
+                    stack.callback(log.close)
+            if is_unseen:
+                self._validate(validate, log)
+            if self.step < settings.steps:
+                self._on_event(Note(text=self._describe()))
             interrupted = stack.enter_context(_polite_interrupt(self._on_event))
             while self.step < settings.steps:
                 started_s = time.monotonic()
                 row = self._advance(source)
                 seconds = time.monotonic() - started_s
-                if log is not None:
-                    log.write(row | {"seconds": round(seconds, 4)}, "training")
+                with processes.stopping_together():
+                    if log is not None:
+                        log.write(row | {"seconds": round(seconds, 4)}, "training")
                 self._on_event(
                     TrainStep(
                         step=self.step,
@@ -510,21 +550,36 @@ class _Training:
                         loss=row["loss"],
                         learning_rate=row["learning_rate"],
                         seconds=seconds,
-                        peak_memory_mib=peak_memory_mib(accelerator.device),
+                        peak_memory_mib=peak_memory_mib(self._accelerator.device),
                     )
                 )
-                stops = self._any(interrupted.is_set())
+                stops = processes.any(interrupted.is_set())
                 is_last = self.step == settings.steps
                 if stops or is_last or self.step % settings.checkpoint_every == 0:
                     self._save()
                 if stops:
-                    raise KeyboardInterrupt
-                if settings.validate_every and self.step % settings.validate_every == 0:
-                    path = self._folder.validation_path(self.step)
-                    figures = validate(path if accelerator.is_main_process else None)
-                    if log is not None:
-                        log.write({"step": self.step} | figures, "validation")
-                    self._on_event(Note(text=_describe_validation(self.step, figures)))
+                    raise processes.joint(KeyboardInterrupt())
+                if self._is_validated():
+                    self._validate(validate, log)
+
+    def _is_validated(self) -> bool:
+        """Whether a validation belongs to the step just made."""
+        every = self._settings.validate_every
+        return every > 0 and self.step > 0 and self.step % every == 0
+
+    def _lacks_validation(self) -> bool:
+        """Whether the log knows of none for this step."""
+        rows = read_metrics(self._folder.metrics_path, self.step)
+        return not any(row["step"] == self.step and "validation" in row for row in rows)
+
+    def _validate(self, validate: Validate, log: _Log | None) -> None:
+        """Render a validation; every process must call it."""
+        path = self._folder.validation_path(self.step)
+        with self._stopping_together():
+            figures = validate(path if self._processes.is_main else None)
+            if log is not None:
+                log.write({"step": self.step} | figures, "validation")
+            self._on_event(Note(text=_describe_validation(self.step, figures)))
 
     def _advance(self, source: SampleSource) -> dict[str, Any]:
         """One step of the optimiser; what the log says of it."""
@@ -540,9 +595,10 @@ class _Training:
             # As many processes with one micro step each see the same samples as one with many.
             offset = (micro_step * processes + accelerator.process_index) * batch_size
             indices = range(first + offset, first + offset + batch_size)
-            batch, points = _stack([source.example(index) for index in indices])
+            with self._stopping_together():
+                batch, points = _stack([source.example(index) for index in indices])
             with accelerator.accumulate(self._network):
-                with accelerator.autocast(), self._saving():
+                with self._saving():
                     loss = self._loss(batch, points)
                 accelerator.backward(loss)
                 losses.append(loss.detach())
@@ -550,8 +606,10 @@ class _Training:
                     continue
                 mean_loss = self._mean(torch.stack(losses))
                 norm = float(
-                    accelerator.clip_grad_norm_(
-                        lora_parameters(self._network).values(), settings.max_grad_norm
+                    gather(
+                        accelerator.clip_grad_norm_(
+                            lora_parameters(self._network).values(), settings.max_grad_norm
+                        )
                     )
                 )
                 self._check_finite(mean_loss, norm)
@@ -590,6 +648,12 @@ class _Training:
         )
         return velocity_loss(prediction, pair.target, schedule.loss_weights[points])
 
+    def _stopping_together(self) -> AbstractContextManager[None]:
+        """For blocks in which the network or its encoders compute."""
+        # Processes that share the weights wait for each other within: one that fails must end.
+        shares = self._processes.shard_weights
+        return nullcontext() if shares else self._processes.stopping_together()
+
     def _saving(self) -> Any:
         """Where activations wait for the backward pass."""
         if self._settings.gradient_checkpointing != "offload":
@@ -601,22 +665,17 @@ class _Training:
         """Over micro steps and processes."""
         return float(self._accelerator.gather(losses.float().mean()[None]).mean())
 
-    def _any(self, flag: bool) -> bool:
-        """Whether it is so in any process."""
-        if self._accelerator.num_processes == 1:
-            return flag
-        flags = torch.tensor([flag], dtype=torch.float32, device=self._accelerator.device)
-        return bool(self._accelerator.gather(flags).any())
-
     def _check_finite(self, loss: float, norm: float) -> None:
         """Stop before a broken gradient reaches the weights."""
         if math.isfinite(loss) and math.isfinite(norm):
             return
         steps = self._folder.checkpoints()
         kept = f"The checkpoint of step {steps[-1]} is good" if steps else "There is no checkpoint"
-        raise RunError(
-            f"the loss of step {self.step + 1} is {loss:g} with a gradient of {norm:g}. {kept}. "
-            "Give a smaller --lr."
+        raise self._processes.joint(
+            RunError(
+                f"the loss of step {self.step + 1} is {loss:g} with a gradient of {norm:g}. "
+                f"{kept}. Give a smaller --lr and another --output."
+            )
         )
 
     def _follow(self) -> None:
@@ -639,13 +698,15 @@ class _Training:
             for name in _ADAM_STATE:
                 if name in state:
                     tensors[f"{name}/{key}"] = gather(state[name])
-        if self._accelerator.is_main_process:
-            save_checkpoint(self._folder, self.step, tensors)
-            self._folder.drop_checkpoints(self._settings.keep_checkpoints)
+        with self._processes.stopping_together():
+            if self._processes.is_main:
+                save_checkpoint(self._folder, self.step, tensors)
+                self._folder.drop_checkpoints(self._settings.keep_checkpoints)
 
     def _restore(self, step: int) -> None:
-        """Go on from a checkpoint."""
-        tensors = load_checkpoint(self._folder, step)
+        """Go on from a checkpoint; every process must call it."""
+        with self._processes.stopping_together():
+            tensors = load_checkpoint(self._folder, step)
         parts: dict[str, dict[str, Tensor]] = {}
         for name, value in tensors.items():
             kind, _, key = name.partition("/")
@@ -669,17 +730,16 @@ class _Training:
         """
         settings, folder = self._settings, self._folder
         adapters = self._average or read_adapters(self._network)
-        if not self._accelerator.is_main_process:
+        if not self._processes.is_main:
             return {}
         rows = read_metrics(folder.metrics_path, self.step)
         losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
-        plot_losses(folder.plot_path, losses)
-        last = [loss for _, loss in losses[-max(1, round(_LOSS_SHARE * len(losses))) :]]
-        found: dict[str, Any] = {
-            "step": self.step,
-            "mean_loss_at_end": round(sum(last) / len(last), 6),
-            "loss_curve": str(folder.plot_path),
-        }
+        found: dict[str, Any] = {"step": self.step}
+        if losses:  # unless somebody has deleted the log
+            plot_losses(folder.plot_path, losses)
+            last = [loss for _, loss in losses[-max(1, round(_LOSS_SHARE * len(losses))) :]]
+            found["mean_loss_at_end"] = round(sum(last) / len(last), 6)
+            found["loss_curve"] = str(folder.plot_path)
         validations = [row["validation"] for row in rows if "validation" in row]
         if validations:
             found["validation"] = validations[-1]
@@ -761,14 +821,19 @@ def _polite_interrupt(on_event: OnEvent) -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _keep_float32(transformer: EverAnimateTransformer3DModel, device: torch.device) -> None:
-    """Shield the time embedding from autocast: sampling computes it in float32.
+def _compute_in(transformer: EverAnimateTransformer3DModel, accelerator: Accelerator) -> None:
+    """Let the network compute in the precision of the training, and nothing else.
 
-    The other layers that diffusers keeps in float32 compute there by themselves.
+    Not the VAE of a validation, then, which is float32 in `animate` too. Nor the time embedding:
+    sampling computes it in float32. The other layers that diffusers keeps in float32 compute there
+    by themselves.
     """
+    for name in ("forward", "embed_pose"):
+        setattr(transformer, name, accelerator.autocast()(getattr(transformer, name)))
     embedder = transformer.condition_embedder.time_embedder
     if embedder.linear_1.weight.dtype == torch.float32:
-        embedder.forward = torch.autocast(device.type, enabled=False)(embedder.forward)
+        plain = torch.autocast(accelerator.device.type, enabled=False)
+        embedder.forward = plain(embedder.forward)
 
 
 def _stack(examples: Sequence[TrainingExample]) -> tuple[TrainingExample, Tensor]:

@@ -79,7 +79,8 @@ def read_metrics(path: Path, last_step: int) -> list[dict[str, Any]]:
     """The lines of a log up to a step; none where there is no log."""
     rows: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        # After a power cut a file may end in anything.
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 rows.append(json.loads(line))
             except ValueError:  # cut by a kill, and so the last one

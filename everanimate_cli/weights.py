@@ -34,7 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from everanimate_cli.errors import SettingsError, WeightsError
-from everanimate_cli.lora import fuse_lora, plan_lora
+from everanimate_cli.lora import LORA_TARGET_PATTERN, fuse_lora, plan_lora
 from everanimate_cli.pipeline import AnimatePipeline
 from everanimate_cli.records import LoraSpec
 from everanimate_cli.safetensors_header import read_tensor_shapes
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 _SAMPLE_BYTES = 65536
 _NUM_SAMPLES = 16
 _NUM_LISTED = 3  # names that an error message lists before it counts the rest
+# What `lora_adapter.store_blocks_as_fp8` stores so.
+_BLOCK_LINEAR = re.compile(r"blocks\.\d+\.(?!.*norm).+\.(weight|bias)")
 _MIB = 2**20
 
 _Loaded = TypeVar("_Loaded")
@@ -185,23 +187,36 @@ class Geometry:
         num_identity_slots: int,
         *,
         dtype: torch.dtype,
+        autocast: bool,
         checkpointing: Checkpointing,
     ) -> float:
         """Memory in MiB that one sample of LoRA training takes beside the weights, estimated.
 
-        What a block keeps for its backward pass, 11.6 per token and channel, and what is left of it
-        with checkpointing, 1.2 per token and inner channel with its share of the face adapters,
-        were counted on the full-size network; a fused attention keeps no scores.
+        All numbers are peaks of live tensors, counted as in `step_mib` on blocks of full size with
+        adapters of rank 32, in bytes per token and channel: 26 while a block is computed anew and
+        differentiated, 18 that it keeps without checkpointing; 31 and 25 where adapters or all is
+        float32. With checkpointing 1.2 numbers per token and inner channel are left of a block,
+        with its share of the face adapters. A fused attention keeps no scores.
+
+        Args:
+            height: Pixels.
+            width: Pixels.
+            frames_per_chunk: F.
+            num_identity_slots: K_id.
+            dtype: Of the weights.
+            autocast: Whether it computes in bfloat16 all through.
+            checkpointing: What a block keeps for its backward pass.
         """
         num_tokens = self._count_tokens(height, width, frames_per_chunk, num_identity_slots)
-        block = 11.6 * num_tokens * (self.inner_dim + self.ffn_dim) * dtype.itemsize / _MIB
-        kept = {
-            "off": block * self.num_layers,
-            "on": block
-            + 1.2 * num_tokens * self.inner_dim * self.num_layers * dtype.itemsize / _MIB,
-            "offload": block,
+        unit = num_tokens * (self.inner_dim + self.ffn_dim) / _MIB
+        kept, computed = (18, 26) if autocast else (25, 31)
+        left = 1.2 * num_tokens * self.inner_dim * dtype.itemsize / _MIB
+        needed = {
+            "off": (kept * self.num_layers + computed - kept) * unit,
+            "on": computed * unit + left * self.num_layers,
+            "offload": computed * unit,
         }
-        return kept[checkpointing]
+        return needed[checkpointing]
 
     def _count_tokens(
         self, height: int, width: int, frames_per_chunk: int, num_identity_slots: int
@@ -251,20 +266,45 @@ def count_parameters(source: ModelSource) -> dict[str, int]:
     return {name: sum(map(math.prod, _check_network(source, name).values())) for name in _KINDS}
 
 
-def weights_mib(source: ModelSource, dtype: torch.dtype) -> dict[str, float]:
+def weights_mib(
+    source: ModelSource, dtype: torch.dtype, *, quantize: bool = False
+) -> dict[str, float]:
     """Memory in MiB of the weights by network once they are loaded, from the headers alone.
+
+    Args:
+        source: From `hub.locate_model`.
+        dtype: As in `load_pipeline`.
+        quantize: Whether the blocks' linear layers are stored in 8 bits.
 
     Raises:
         WeightsError: As `check_checkpoint`.
     """
+
+    def itemsize(name: str, key: str) -> int:
+        if quantize and name == "transformer" and _BLOCK_LINEAR.fullmatch(key):
+            return 1
+        return _dtype_in_memory(name, key, dtype).itemsize
+
     return {
         name: sum(
-            math.prod(shape) * _dtype_in_memory(name, key, dtype).itemsize
+            math.prod(shape) * itemsize(name, key)
             for key, shape in _check_network(source, name).items()
         )
         / _MIB
         for name in _KINDS
     }
+
+
+def lora_mib(source: ModelSource, rank: int) -> float:
+    """Memory in MiB that a LoRA takes in training: itself, its gradient and AdamW's two averages.
+
+    Raises:
+        WeightsError: As `check_checkpoint`.
+    """
+    shapes = _check_network(source, "transformer").items()
+    target = re.compile(rf"{LORA_TARGET_PATTERN}\.weight")
+    sides = sum(sum(shape) for key, shape in shapes if target.fullmatch(key))
+    return 4 * torch.float32.itemsize * rank * sides / _MIB
 
 
 def read_geometry(source: ModelSource) -> Geometry:

@@ -90,6 +90,11 @@ def test_quiet_shows_nothing(terminal: bool) -> None:
     assert shown(run_of_two_chunks(), terminal=terminal, quiet=True) == ""
 
 
+def test_a_process_without_events_leaves_the_terminal_alone() -> None:
+    """Bars that showed nothing wiped the line of the process that had something to show."""
+    assert shown([], terminal=True) == ""
+
+
 def test_a_terminal_shows_a_bar_over_chunks_and_one_over_steps() -> None:
     last = shown(run_of_two_chunks(), terminal=True).rpartition("chunks")[2]
     chunks_bar, steps_bar = last.splitlines()[:2]
