@@ -8,6 +8,7 @@ the extraction each frame meets the very pose that was drawn of it.
 from __future__ import annotations
 
 import functools
+import gc
 import hashlib
 import json
 import math
@@ -156,7 +157,9 @@ class ReaderPool:
 
     def _reset_after_fork(self) -> None:
         if self._process != os.getpid():
-            # The decoders' threads are not here, and closing a decoder would wait for them.
+            # The decoders' threads are not here: closing a decoder would wait for them or crash.
+            # So would the collector, with those that only wait to be collected.
+            gc.freeze()
             self._inherited = self._readers
             self._reset()
 

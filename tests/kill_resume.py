@@ -25,7 +25,7 @@ from everanimate_cli.cli import main
 from everanimate_cli.runs import RunFolder
 from everanimate_cli.settings import run_folder
 
-LOADED = ["everanimate_cli.animate", "everanimate_cli.console"]
+LOADED = ["everanimate_cli.animate", "everanimate_cli.train_lora", "everanimate_cli.console"]
 KILLED = -9  # exit code of a process that got SIGKILL
 REFUSED = 2
 # When to kill: at any moment, or soon after such a file has come about.

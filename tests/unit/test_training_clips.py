@@ -1,5 +1,6 @@
 """Datasets of small videos whose frames tell their number."""
 
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -508,7 +509,9 @@ def test_a_stretch_costs_the_frames_since_the_key_frame(
 
 
 def read_in_child(clip: TrainingClip, start: int) -> tuple[list[int], list[int], list[int]]:
-    return numbers_of(clip.read(start, 5))
+    numbers = numbers_of(clip.read(start, 5))
+    gc.collect()
+    return numbers
 
 
 def fork_and_read(clip: TrainingClip, start: int) -> tuple[list[int], list[int], list[int]]:
@@ -535,6 +538,21 @@ def test_a_clip_that_is_being_read_travels_to_another_process(studio: Studio) ->
     # A forked process shares the position in an open file, and lacks the decoder's threads.
     assert fork_and_read(clip, 40) == (list(range(40, 45)),) * 3
     assert numbers_of(clip.read(7, 3)) == ([7, 8, 9],) * 3
+
+
+def test_what_the_parent_has_dropped_is_left_alone_by_a_forked_process(studio: Studio) -> None:
+    """The collector closed decoders there whose threads had stayed behind, and it crashed."""
+    studio.poses("a_pose", range(60), video=studio.video("a.mp4"))
+    clip, dropped = studio.open().clips[0], studio.open().clips[0]
+    numbers_of(dropped.read(3, 4))
+    gc.disable()
+    try:
+        loop: list[object] = [dropped]
+        loop.append(loop)
+        del loop, dropped
+        assert fork_and_read(clip, 40) == (list(range(40, 45)),) * 3
+    finally:
+        gc.enable()
 
 
 def test_threads_may_share_clips(studio: Studio) -> None:
