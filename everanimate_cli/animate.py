@@ -20,6 +20,7 @@ from everanimate_cli.chunks import ChunkPlan, driving_indices
 from everanimate_cli.encode import VideoWriter
 from everanimate_cli.errors import MediaError, RunError, SettingsError
 from everanimate_cli.events import ChunkDone, ChunkStarted, Note, OnEvent, StepDone
+from everanimate_cli.hashes import hash_file
 from everanimate_cli.images import atomic_path, write_png
 from everanimate_cli.inputs import (
     Inputs,
@@ -31,7 +32,6 @@ from everanimate_cli.inputs import (
     open_inputs,
     open_video,
     output_rate,
-    sha256_of,
 )
 from everanimate_cli.joining import AudioOutcome, join_videos
 from everanimate_cli.pipeline import peak_memory_mib
@@ -226,7 +226,7 @@ def _request(
     request["--model sha256"] = weights.checkpoint_hash(source)
     request |= {f"{name} sha256": digest for name, digest in inputs.hashes.items()}
     for number, (spec, path) in enumerate(loras, start=1):
-        request[f"--lora {number} sha256"] = sha256_of(path)
+        request[f"--lora {number} sha256"] = hash_file(path)
         request[f"scale of --lora {number}"] = spec.scale
     names = ("everanimate", "torch", "diffusers", "av")
     return request | {f"{name} version": version(name) for name in names}

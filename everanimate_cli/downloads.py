@@ -26,6 +26,7 @@ from urllib.parse import urlsplit
 
 from everanimate_cli.errors import WeightsError
 from everanimate_cli.events import Note, OnEvent
+from everanimate_cli.hashes import hash_file
 from everanimate_cli.model_table import FOLDER_MEMBER
 from everanimate_cli.runs import try_lock
 
@@ -167,12 +168,6 @@ def cache_folder() -> Path:
     # on every system, and huggingface_hub asks it in the same way for the other models.
     folder = os.environ.get("EVERANIMATE_CACHE")
     return Path(folder).expanduser() if folder else _user_caches() / "everanimate" / "pose"
-
-
-def hash_file(path: Path) -> str:
-    """The sha256 of a file, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _user_caches() -> Path:

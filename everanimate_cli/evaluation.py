@@ -35,6 +35,7 @@ from everanimate_cli.eval_subject import Subject, open_subject
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
 from everanimate_cli.frame_metrics import Moment, Whole, person_mask
 from everanimate_cli.frechet import PairSums
+from everanimate_cli.hashes import hash_file
 from everanimate_cli.images import atomic_path
 from everanimate_cli.metric_table import METRICS
 from everanimate_cli.records import read_json_object
@@ -186,18 +187,13 @@ def _moments(subject: Subject, *, with_person: bool) -> Iterator[Moment]:
 # --- files that were measured before -------------------------------------------------------------
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _hashes(entry: EvalEntry) -> dict[str, str]:
     """Of all files that shape the numbers."""
     files = {"generated": entry.generated, "truth": entry.truth, "reference": entry.reference}
     if entry.driving is not None:
         for name in ("pose.mp4", "keypoints.npz", "extract.json"):
             files[name] = entry.driving / name
-    return {name: _sha256(path) for name, path in files.items() if path and path.is_file()}
+    return {name: hash_file(path) for name, path in files.items() if path and path.is_file()}
 
 
 def _request(

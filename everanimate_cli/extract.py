@@ -9,7 +9,6 @@ Source: pose page sections 1, 4 to 9 and 12.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
@@ -23,6 +22,7 @@ from everanimate_cli import pose_models, skeleton
 from everanimate_cli.encode import VideoWriter
 from everanimate_cli.errors import InputError, MediaError, RunError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
+from everanimate_cli.hashes import hash_file
 from everanimate_cli.images import atomic_path, fit_frame, fit_size, read_image, write_png
 from everanimate_cli.model_table import DETECTORS, POSE_MODELS, is_local, local_file
 from everanimate_cli.pose_analysis import (
@@ -238,7 +238,7 @@ def make_request(settings: ExtractSettings, size: tuple[int, int]) -> dict[str, 
     for name, path in files.items():
         if path is not None:
             request.pop(name.lstrip("-").replace("-", "_"), None)
-            request[f"{name} sha256"] = _sha256(path)
+            request[f"{name} sha256"] = hash_file(path)
     names = ("everanimate", "onnxruntime", "av", "numpy")
     return request | {f"{name} version": version(name) for name in names}
 
@@ -334,11 +334,6 @@ def _content_share(
         return 1.0
     x0, y0, x1, y1 = skeleton.letterbox_box(source, canvas)
     return (x1 - x0) * (y1 - y0) / (canvas[0] * canvas[1])
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def list_persons(settings: ExtractSettings, on_event: OnEvent) -> list[Person]:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ from everanimate_cli.chunks import ChunkPlan, driving_indices
 from everanimate_cli.errors import InputError, MediaError, SettingsError
 from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.extract import extract, make_request, reusable
+from everanimate_cli.hashes import hash_file
 from everanimate_cli.images import fit_frame, fit_size, read_image
 from everanimate_cli.joining import AudioSource
 from everanimate_cli.memory import chunk_noise, count_drawn_frames, draw_anchor_indices
@@ -244,7 +244,7 @@ def open_inputs(
         pose=pose,
         face=face,
         audio=audio,
-        hashes={name: sha256_of(path) for name, path in files.items()},
+        hashes={name: hash_file(path) for name, path in files.items()},
     )
 
 
@@ -255,12 +255,6 @@ def _named(label: str) -> Iterator[None]:
         yield
     except MediaError as error:
         raise MediaError(f"{label} {error}") from error
-
-
-def sha256_of(path: Path) -> str:
-    """Hash of a file's content, 64 hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _find_audio(
@@ -281,7 +275,7 @@ def _find_audio(
         ) from error
     # The name comes from a file: it is only used if it leads to the very video that was extracted.
     path = settings.driving / name
-    if not path.is_file() or sha256_of(path) != digest:
+    if not path.is_file() or hash_file(path) != digest:
         on_event(Note(text=f"no sound: {name}, the driving video, is gone or has changed"))
         return None
     return AudioSource(path=path, start_s=start_s + settings.start)

@@ -27,9 +27,10 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from everanimate_cli.downloads import fetch, hash_file
+from everanimate_cli.downloads import fetch
 from everanimate_cli.errors import RunError, SettingsError, WeightsError
 from everanimate_cli.events import Note, OnEvent
+from everanimate_cli.hashes import hash_file
 from everanimate_cli.model_table import (
     DETECTORS,
     POSE_MODELS,

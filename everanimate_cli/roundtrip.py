@@ -6,7 +6,6 @@ Source: method page section 4, Finding 1.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -30,6 +29,7 @@ from everanimate_cli.analyze import (
 from everanimate_cli.analyze_settings import ROUNDTRIP_FILES
 from everanimate_cli.errors import MediaError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
+from everanimate_cli.hashes import hash_file
 from everanimate_cli.images import fit_frame, fit_size
 from everanimate_cli.memory import from_uint8, to_uint8
 from everanimate_cli.preflight import unfit_size
@@ -345,7 +345,7 @@ def analyze_roundtrip(settings: RoundtripSettings, on_event: OnEvent) -> Analysi
     record = {
         "model_revision": source.revision,
         "model_sha256": weights.checkpoint_hash(source),
-        "video_sha256": _sha256(settings.video),
+        "video_sha256": hash_file(settings.video),
         **facts,
     }
     results = {"subjects": [journey.to_json() for journey in journeys]}
@@ -374,11 +374,6 @@ def _open(
         raise MediaError(f"VIDEO {error}") from error
     except SettingsError as error:  # about `start`, which is an option of the same name
         raise SettingsError(f"--{error} Give an earlier time.") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _load_vae(source: weights.ModelSource, device: torch.device) -> AutoencoderKLWan:

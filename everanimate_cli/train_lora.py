@@ -25,6 +25,7 @@ import torch
 from everanimate_cli import hub, weights
 from everanimate_cli.errors import RunError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted, TrainStep
+from everanimate_cli.hashes import hash_file
 from everanimate_cli.images import atomic_path
 from everanimate_cli.lora_adapter import (
     attach_lora,
@@ -292,8 +293,7 @@ def _request(work: _Work, num_samples: int, dtype: torch.dtype) -> dict[str, obj
     values["model sha256"] = work.model_hash
     values["clips sha256"] = hashlib.sha256(clips.encode()).hexdigest()
     if work.init is not None:
-        with work.init.open("rb") as file:
-            values["init sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        values["init sha256"] = hash_file(work.init)
     for package in ("torch", "diffusers", "peft"):
         values[f"{package} version"] = version(package)
     return values

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from everanimate_cli.errors import InputError, RunError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
 from everanimate_cli.extract import extract, load_models, make_request, reusable
+from everanimate_cli.hashes import add_samples, hash_file
 from everanimate_cli.images import fit_frame
 from everanimate_cli.manifest import ClipEntry, read_dataset
 from everanimate_cli.model_table import check_models
@@ -30,6 +31,7 @@ from everanimate_cli.preflight import DRIVING_FILES, check_extract
 from everanimate_cli.records import read_json_object
 from everanimate_cli.runs import ExtractFolder
 from everanimate_cli.settings import POSE_SUFFIX, ExtractSettings, Fit, run_folder
+from everanimate_cli.training_draws import Windows
 from everanimate_cli.video import VideoReader, as_rate
 
 if TYPE_CHECKING:
@@ -52,8 +54,6 @@ _NUM_OPEN_CLIPS = 2
 _NUM_KNOWN_FRAMES = 2_000_000
 
 # As the fingerprint of a checkpoint: all of a file up to 1 MiB, pieces of a larger one.
-_NUM_SAMPLES = 16
-_SAMPLE_BYTES = 2**16
 
 _NUM_REASONS_SHOWN = 3
 
@@ -300,7 +300,7 @@ def needed_frames(frames_per_chunk: int) -> int:
 
     Source: method page section 3.
     """
-    return 2 * frames_per_chunk + 4
+    return Windows(frames_per_chunk).num_frames
 
 
 def open_clips(settings: ResolvedTrainSettings, face_size: int, on_event: OnEvent) -> ClipSet:
@@ -552,7 +552,7 @@ class _Opener:
             f"{layout.rate} {layout.origin_s!r} {layout.first} {num_frames}\n".encode()
         )
         for path in (layout.video, layout.pose, layout.face):
-            _add_samples(digest, path)
+            add_samples(digest, path)
         return TrainingClip(
             label=entry.label,
             prompt=entry.prompt,
@@ -717,18 +717,4 @@ def _video_sha256(path: Path) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _sha256(path: Path, _size: int, _changed_ns: int) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _add_samples(digest: hashlib._Hash, path: Path) -> None:
-    """Size, begin and end of a file and pieces between; all of a small one."""
-    size = path.stat().st_size
-    digest.update(f"{size}\n".encode())
-    with path.open("rb") as file:
-        if size <= _NUM_SAMPLES * _SAMPLE_BYTES:
-            digest.update(file.read())
-            return
-        for index in range(_NUM_SAMPLES):
-            file.seek((size - _SAMPLE_BYTES) * index // (_NUM_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
+    return hash_file(path)

@@ -34,6 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from everanimate_cli.errors import SettingsError, WeightsError
+from everanimate_cli.hashes import add_samples
 from everanimate_cli.lora import LORA_TARGET_PATTERN, fuse_lora, plan_lora
 from everanimate_cli.pipeline import AnimatePipeline
 from everanimate_cli.records import LoraSpec
@@ -53,8 +54,6 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import CLIPImageProcessor
 
-_SAMPLE_BYTES = 65536
-_NUM_SAMPLES = 16
 _NUM_LISTED = 3  # names that an error message lists before it counts the rest
 # What `lora_adapter.store_blocks_as_fp8` stores so.
 _BLOCK_LINEAR = re.compile(r"blocks\.\d+\.(?!.*norm).+\.(weight|bias)")
@@ -327,10 +326,8 @@ def read_geometry(source: ModelSource) -> Geometry:
 def checkpoint_hash(source: ModelSource) -> str:
     """Fingerprint of a checkpoint that costs milliseconds whatever its size.
 
-    It covers the names and sizes of all files that are loaded, and 16 pieces of 64 KiB spread over
-    each: all of a file up to 1 MiB, and the header of any other. Training changes nearly every
-    weight and is seen; a change to a few weights of a large file may not be. It is no protection
-    against forgery.
+    It covers the names of all files that are loaded and samples of each, among them the header.
+    Training changes nearly every weight and is seen.
 
     Returns:
         64 hexadecimal digits; the folder's place does not matter.
@@ -341,12 +338,8 @@ def checkpoint_hash(source: ModelSource) -> str:
     paths += _tokenizer_files(source.folder)
     digest = hashlib.sha256()
     for path in sorted(paths):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(source.folder).as_posix()} {size}\n".encode())
-        with path.open("rb") as file:
-            for offset in range(0, size, max(_SAMPLE_BYTES, math.ceil(size / _NUM_SAMPLES))):
-                file.seek(offset)
-                digest.update(file.read(_SAMPLE_BYTES))
+        digest.update(f"{path.relative_to(source.folder).as_posix()} ".encode())
+        add_samples(digest, path)
     return digest.hexdigest()
 
 

@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 
 from everanimate_cli import downloads
-from everanimate_cli.downloads import Fetched, cache_folder, fetch, hash_file
+from everanimate_cli.downloads import Fetched, cache_folder, fetch
 from everanimate_cli.errors import InputError, SettingsError, WeightsError
 from everanimate_cli.events import Event, Note
+from everanimate_cli.hashes import hash_file
 from everanimate_cli.model_table import (
     DETECTORS,
     POSE_MODELS,

@@ -23,7 +23,6 @@ from onnx import TensorProto, helper, numpy_helper
 from rtmlib import YOLOX, RTMPose
 
 from everanimate_cli import pose_models
-from everanimate_cli.downloads import hash_file
 from everanimate_cli.errors import (
     EverAnimateError,
     InputError,
@@ -32,6 +31,7 @@ from everanimate_cli.errors import (
     WeightsError,
 )
 from everanimate_cli.events import Event, Note
+from everanimate_cli.hashes import hash_file
 from everanimate_cli.model_table import (
     DETECTORS,
     POSE_MODELS,
