@@ -1,4 +1,4 @@
-"""What the analyses share: their folder of results, tables, and figures that need no screen."""
+"""What the analyses share: their folder of results, and tables."""
 
 from __future__ import annotations
 
@@ -16,14 +16,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
-    from matplotlib.axes import Axes
-    from matplotlib.axis import Axis
-    from matplotlib.figure import Figure
-
     from everanimate_cli.records import Options
 
 FORMAT_VERSION = 1
-_DPI = 120
 _LIBRARIES = ("everanimate", "torch", "diffusers", "numpy", "av")
 
 
@@ -86,39 +81,3 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]]) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-
-
-def new_figure(width: float, height: float, title: str) -> Figure:
-    """An empty figure of so many inches, made without pyplot, which would look for a screen."""
-    from matplotlib.figure import Figure  # noqa: PLC0415  # heavy
-
-    figure = Figure(figsize=(width, height), dpi=_DPI, layout="constrained")
-    figure.suptitle(title, fontsize=13, fontweight="bold")
-    return figure
-
-
-def save_figure(path: Path, figure: Figure) -> None:
-    """Write a figure as PNG, whole or not at all.
-
-    Raises:
-        OSError: If the disk is full.
-    """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415
-
-    FigureCanvasAgg(figure)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png")
-
-
-def dress(axes: Axes) -> None:
-    """Give the axes of a curve the look of all curves."""
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def whole_ticks(*axes: Axis) -> None:
-    """Let axes that count something show whole numbers only."""
-    from matplotlib.ticker import MaxNLocator  # noqa: PLC0415
-
-    for axis in axes:
-        axis.set_major_locator(MaxNLocator(integer=True))

@@ -19,18 +19,11 @@ import torch
 from torch import Tensor
 
 from everanimate_cli import hub, weights
-from everanimate_cli.analyze import (
-    AnalysisResult,
-    dress,
-    new_figure,
-    save_figure,
-    whole_ticks,
-    write_record,
-    write_table,
-)
+from everanimate_cli.analyze import AnalysisResult, write_record, write_table
 from everanimate_cli.analyze_settings import ATTENTION_FILES, AttentionSettings, motion_slots
 from everanimate_cli.chunks import ChunkPlan, driving_indices
 from everanimate_cli.events import ChunkDone, ChunkStarted, Note, OnEvent, StepDone
+from everanimate_cli.figures import dress, new_figure, save_figure, whole_ticks
 from everanimate_cli.inputs import (
     build_rollout,
     check_media,

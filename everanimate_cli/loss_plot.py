@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from everanimate_cli.images import atomic_path
+from everanimate_cli.figures import dress, new_figure, save_figure
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,14 +44,10 @@ def plot_losses(path: Path, losses: Sequence[tuple[int, float]]) -> None:
     Raises:
         OSError: If the disk is full.
     """
-    # Without pyplot, which would look for a screen.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # heavy
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     steps = [step for step, _ in losses]
     values = [loss for _, loss in losses]
     width = max(1, round(_RUNNING_SHARE * len(values)))
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = new_figure(8, 4.5)
     axes = figure.add_subplot(
         xlabel="step", ylabel="loss, weighted by noise level", title="Training loss"
     )
@@ -59,8 +55,6 @@ def plot_losses(path: Path, losses: Sequence[tuple[int, float]]) -> None:
     axes.plot(
         steps, running_mean(values, width), color="#1f4e8c", label=f"mean of the last {width}"
     )
-    axes.grid(alpha=0.3)
+    dress(axes)
     axes.legend(frameon=False)
-    with atomic_path(path) as temporary:
-        FigureCanvasAgg(figure)
-        figure.savefig(temporary, format="png")
+    save_figure(path, figure)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
+from everanimate_cli.figures import dress, new_figure, save_figure
 from everanimate_cli.frame_metrics import student_quantile
-from everanimate_cli.images import atomic_path
 from everanimate_cli.report_markup import Html, element, joined, plain
 
 if TYPE_CHECKING:
@@ -442,15 +442,9 @@ def png_plots(path: Path, plots: Sequence[Plot]) -> None:
     Raises:
         OSError: If the disk is full.
     """
-    # Without pyplot, which would look for a screen.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # noqa: PLC0415  # heavy
-    from matplotlib.figure import Figure  # noqa: PLC0415
-
     num_columns = min(2, max(1, len(plots)))
     num_rows = max(1, math.ceil(len(plots) / num_columns))
-    figure = Figure(figsize=(6.5 * num_columns, 3.4 * num_rows + 0.6), dpi=110)
-    figure.set_layout_engine("constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(6.5 * num_columns, 3.4 * num_rows + 0.6)
     lines: list[Line2D] = []
     for position, plot in enumerate(plots):
         end_s = _end_s(plot)
@@ -470,7 +464,7 @@ def png_plots(path: Path, plots: Sequence[Plot]) -> None:
         axes.set(xlim=(0, end_s), ylim=value_range(plot.curves), xticks=ticks)
         axes.set_xticklabels([clock(tick, end_s) for tick in ticks])
         axes.set_title(f"{plot.label}, {plot.note}" if plot.note else plot.label, parse_math=False)
-        axes.grid(alpha=0.3)
+        dress(axes)
     if lines:
         # Names are set afterwards: a label that begins with "_" is left out of a legend, and
         # between "$" matplotlib reads formulas.
@@ -483,7 +477,7 @@ def png_plots(path: Path, plots: Sequence[Plot]) -> None:
             text.set_text(name)
     else:
         figure.text(0.5, 0.5, "No metric has values over time.", ha="center")
-    with atomic_path(path) as temporary, warnings.catch_warnings():
+    with warnings.catch_warnings():
         # A name in a script that matplotlib's font lacks shows boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(temporary, format="png")
+        save_figure(path, figure)

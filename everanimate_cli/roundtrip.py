@@ -17,18 +17,11 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from everanimate_cli import hub, metrics, weights
-from everanimate_cli.analyze import (
-    AnalysisResult,
-    dress,
-    new_figure,
-    save_figure,
-    whole_ticks,
-    write_record,
-    write_table,
-)
+from everanimate_cli.analyze import AnalysisResult, write_record, write_table
 from everanimate_cli.analyze_settings import ROUNDTRIP_FILES
 from everanimate_cli.errors import MediaError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
+from everanimate_cli.figures import dress, new_figure, save_figure, whole_ticks
 from everanimate_cli.hashes import hash_file
 from everanimate_cli.images import fit_frame, fit_size
 from everanimate_cli.memory import from_uint8, to_uint8
