@@ -13,7 +13,6 @@ from everanimate_cli.analyze_settings import AttentionSettings, Quantise, Roundt
 from everanimate_cli.cli_options import (
     INTERRUPTED,
     LENGTH,
-    MEMORY,
     MODEL,
     OF_MODEL,
     PICTURE,
@@ -25,9 +24,27 @@ from everanimate_cli.cli_options import (
     option,
     show_result,
 )
+from everanimate_cli.cli_sampling import (
+    CarryFramesOption,
+    ClipImageOption,
+    DtypeOption,
+    FitOption,
+    FramesPerChunkOption,
+    IdentitySlotsOption,
+    LoraOption,
+    MemoryOption,
+    ModelOption,
+    OverlapOption,
+    PromptOption,
+    SeedOption,
+    ShiftOption,
+    StartOption,
+    StepsOption,
+    ViewOption,
+)
 from everanimate_cli.errors import RunError
 from everanimate_cli.preflight import check_analyze_attention, check_analyze_roundtrip
-from everanimate_cli.settings import HUB_MODEL, ClipImage, Device, Dtype, Fit, Memory
+from everanimate_cli.settings import Device, Fit
 
 ANALYZE_HELP = "Show why long animations drift: what the VAE damages, what attention looks at."
 
@@ -62,7 +79,6 @@ Examples:
 """
 )
 
-_SAMPLING = "Sampling"
 
 _roundtrip = partial(option, RoundtripSettings)
 _attention = partial(option, AttentionSettings)
@@ -180,10 +196,7 @@ def run_attention(
         _attention("seconds", "Length of the video.", LENGTH, default="the driving motion's"),
     ] = None,
     frames: Annotated[int | None, _attention("frames", "Or its length in frames.", LENGTH)] = None,
-    start: Annotated[
-        str | None,
-        _attention("start", "Where the motion begins: 12.5 or 1:02.5.", LENGTH, metavar="TIME"),
-    ] = None,
+    start: StartOption = None,
     pose_model: Annotated[
         str | None,
         _attention(
@@ -204,44 +217,11 @@ def run_attention(
             default="VIDEO_pose beside the result",
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        _attention(
-            "model",
-            "'toy' (embedded), a checkpoint folder, or a Hub id.",
-            MODEL,
-            metavar="MODEL",
-        ),
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        _attention(
-            "lora",
-            "LoRA file, or owner/name/file on the Hub; repeatable; 'none' for the bare model.",
-            MODEL,
-            metavar="FILE[=SCALE]",
-            default=f"{OF_MODEL}; for {HUB_MODEL} the released stage 2",
-        ),
-    ] = None,
+    model: ModelOption = None,
+    lora: LoraOption = None,
     device: Annotated[Device | None, _attention("device", "Where the networks run.", MODEL)] = None,
-    dtype: Annotated[
-        Dtype | None,
-        _attention(
-            "dtype",
-            "Their number format: auto, float32, bfloat16 or float16.",
-            MODEL,
-            metavar="NAME",
-        ),
-    ] = None,
-    view: Annotated[
-        list[Path] | None,
-        _attention(
-            "view",
-            "Another picture of the character; repeatable, one slot each.",
-            PICTURE,
-            metavar="FILE",
-        ),
-    ] = None,
+    dtype: DtypeOption = None,
+    view: ViewOption = None,
     size: Annotated[
         str | None,
         _attention(
@@ -252,57 +232,17 @@ def run_attention(
             default=OF_MODEL,
         ),
     ] = None,
-    fit: Annotated[
-        Fit | None, _attention("fit", "How pictures of another aspect fill the frame.", PICTURE)
-    ] = None,
-    seed: Annotated[
-        int | None, _attention("seed", "Every random draw follows from it.", _SAMPLING)
-    ] = None,
-    steps: Annotated[
-        int | None, _attention("steps", "Euler steps per chunk.", _SAMPLING, default=OF_MODEL)
-    ] = None,
-    shift: Annotated[
-        float | None,
-        _attention("shift", "Warp of the noise levels.", _SAMPLING, default=OF_MODEL),
-    ] = None,
-    prompt: Annotated[
-        str | None, _attention("prompt", "Text that the model sees.", _SAMPLING, default=OF_MODEL)
-    ] = None,
-    memory: Annotated[
-        Memory | None,
-        _attention(
-            "memory",
-            "What a chunk hands on: its latents; its last frames (as Wan-Animate); nothing (sink).",
-            MEMORY,
-        ),
-    ] = None,
-    carry_frames: Annotated[
-        int | None,
-        _attention(
-            "carry_frames", "Frames that pixel memory carries.", MEMORY, metavar="1|5", default="1"
-        ),
-    ] = None,
-    frames_per_chunk: Annotated[
-        int | None,
-        _attention("frames_per_chunk", "Frames of one chunk, 4n+1.", MEMORY, default=OF_MODEL),
-    ] = None,
-    overlap: Annotated[
-        int | None,
-        _attention("overlap", "Frames that two chunks share.", MEMORY, default=OF_MODEL),
-    ] = None,
-    identity_slots: Annotated[
-        int | None,
-        _attention("identity_slots", "Slots of identity memory.", MEMORY, default=OF_MODEL),
-    ] = None,
-    clip_image: Annotated[
-        ClipImage | None,
-        _attention(
-            "clip_image",
-            "What CLIP sees after chunk 0: the last frame of the previous chunk, or the reference.",
-            MEMORY,
-            default="previous; with pixel memory always reference",
-        ),
-    ] = None,
+    fit: FitOption = None,
+    seed: SeedOption = None,
+    steps: StepsOption = None,
+    shift: ShiftOption = None,
+    prompt: PromptOption = None,
+    memory: MemoryOption = None,
+    carry_frames: CarryFramesOption = None,
+    frames_per_chunk: FramesPerChunkOption = None,
+    overlap: OverlapOption = None,
+    identity_slots: IdentitySlotsOption = None,
+    clip_image: ClipImageOption = None,
     output: Annotated[
         Path | None,
         _attention(

@@ -8,7 +8,6 @@ import typer
 
 from everanimate_cli.cli_options import (
     LENGTH,
-    MEMORY,
     MODEL,
     OF_MODEL,
     PICTURE,
@@ -22,19 +21,33 @@ from everanimate_cli.cli_options import (
     resumable,
     show_result,
 )
+from everanimate_cli.cli_sampling import (
+    SAMPLING,
+    CarryFramesOption,
+    ClipImageOption,
+    DtypeOption,
+    FitOption,
+    FramesPerChunkOption,
+    IdentitySlotsOption,
+    LoraOption,
+    MemoryOption,
+    ModelOption,
+    OverlapOption,
+    PromptOption,
+    SeedOption,
+    ShiftOption,
+    StartOption,
+    StepsOption,
+    ViewOption,
+)
 from everanimate_cli.errors import SettingsError
 from everanimate_cli.preflight import check_animate
 from everanimate_cli.records import read_saved_options
 from everanimate_cli.settings import (
-    HUB_MODEL,
     AnimateSettings,
-    ClipImage,
     Codec,
     Device,
-    Dtype,
     Extend,
-    Fit,
-    Memory,
     Select,
     combine,
 )
@@ -59,7 +72,6 @@ Examples:
 """
 )
 
-_SAMPLING = "Sampling"
 
 _option = partial(option, AnimateSettings)
 
@@ -91,10 +103,7 @@ def run_animate(
         float | None, _option("seconds", "Or its length in seconds.", LENGTH)
     ] = None,
     frames: Annotated[int | None, _option("frames", "Or its length in frames.", LENGTH)] = None,
-    start: Annotated[
-        str | None,
-        _option("start", "Where the motion begins: 12.5 or 1:02.5.", LENGTH, metavar="TIME"),
-    ] = None,
+    start: StartOption = None,
     end: Annotated[
         str | None,
         _option("end", "Where the motion ends.", LENGTH, metavar="TIME", default="its own end"),
@@ -156,44 +165,11 @@ def run_animate(
             default="VIDEO_pose beside the result",
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        _option(
-            "model",
-            "'toy' (embedded), a checkpoint folder, or a Hub id.",
-            MODEL,
-            metavar="MODEL",
-        ),
-    ] = None,
-    lora: Annotated[
-        list[str] | None,
-        _option(
-            "lora",
-            "LoRA file, or owner/name/file on the Hub; repeatable; 'none' for the bare model.",
-            MODEL,
-            metavar="FILE[=SCALE]",
-            default=f"{OF_MODEL}; for {HUB_MODEL} the released stage 2",
-        ),
-    ] = None,
+    model: ModelOption = None,
+    lora: LoraOption = None,
     device: Annotated[Device | None, _option("device", "Where the networks run.", MODEL)] = None,
-    dtype: Annotated[
-        Dtype | None,
-        _option(
-            "dtype",
-            "Their number format: auto, float32, bfloat16 or float16.",
-            MODEL,
-            metavar="NAME",
-        ),
-    ] = None,
-    view: Annotated[
-        list[Path] | None,
-        _option(
-            "view",
-            "Another picture of the character; repeatable, one slot each.",
-            PICTURE,
-            metavar="FILE",
-        ),
-    ] = None,
+    dtype: DtypeOption = None,
+    view: ViewOption = None,
     size: Annotated[
         str | None,
         _option(
@@ -204,68 +180,29 @@ def run_animate(
             default=OF_MODEL,
         ),
     ] = None,
-    fit: Annotated[
-        Fit | None, _option("fit", "How pictures of another aspect fill the frame.", PICTURE)
-    ] = None,
+    fit: FitOption = None,
     fps: Annotated[
         float | None,
         _option("fps", "Frames per second; the motion keeps its speed.", PICTURE, default=OF_MODEL),
     ] = None,
-    seed: Annotated[
-        int | None, _option("seed", "Every random draw follows from it.", _SAMPLING)
-    ] = None,
-    steps: Annotated[
-        int | None, _option("steps", "Euler steps per chunk.", _SAMPLING, default=OF_MODEL)
-    ] = None,
-    shift: Annotated[
-        float | None, _option("shift", "Warp of the noise levels.", _SAMPLING, default=OF_MODEL)
-    ] = None,
-    prompt: Annotated[
-        str | None, _option("prompt", "Text that the model sees.", _SAMPLING, default=OF_MODEL)
-    ] = None,
+    seed: SeedOption = None,
+    steps: StepsOption = None,
+    shift: ShiftOption = None,
+    prompt: PromptOption = None,
     negative_prompt: Annotated[
         str | None,
-        _option("negative_prompt", "Text to steer away from.", _SAMPLING, default=OF_MODEL),
+        _option("negative_prompt", "Text to steer away from.", SAMPLING, default=OF_MODEL),
     ] = None,
     guidance_scale: Annotated[
         float | None,
-        _option("guidance_scale", "Above 1 every step costs twice.", _SAMPLING),
+        _option("guidance_scale", "Above 1 every step costs twice.", SAMPLING),
     ] = None,
-    memory: Annotated[
-        Memory | None,
-        _option(
-            "memory",
-            "What a chunk hands on: its latents; its last frames (as Wan-Animate); nothing (sink).",
-            MEMORY,
-        ),
-    ] = None,
-    carry_frames: Annotated[
-        int | None,
-        _option(
-            "carry_frames", "Frames that pixel memory carries.", MEMORY, metavar="1|5", default="1"
-        ),
-    ] = None,
-    frames_per_chunk: Annotated[
-        int | None,
-        _option("frames_per_chunk", "Frames of one chunk, 4n+1.", MEMORY, default=OF_MODEL),
-    ] = None,
-    overlap: Annotated[
-        int | None,
-        _option("overlap", "Frames that two chunks share.", MEMORY, default=OF_MODEL),
-    ] = None,
-    identity_slots: Annotated[
-        int | None,
-        _option("identity_slots", "Slots of identity memory.", MEMORY, default=OF_MODEL),
-    ] = None,
-    clip_image: Annotated[
-        ClipImage | None,
-        _option(
-            "clip_image",
-            "What CLIP sees after chunk 0: the last frame of the previous chunk, or the reference.",
-            MEMORY,
-            default="previous; with pixel memory always reference",
-        ),
-    ] = None,
+    memory: MemoryOption = None,
+    carry_frames: CarryFramesOption = None,
+    frames_per_chunk: FramesPerChunkOption = None,
+    overlap: OverlapOption = None,
+    identity_slots: IdentitySlotsOption = None,
+    clip_image: ClipImageOption = None,
     output: Annotated[
         Path | None,
         _option(

@@ -413,7 +413,7 @@ TRANSFORMER_CONFIG: dict[str, Any] = {
     "out_channels": LATENT_CHANNELS,
     "text_dim": TEXT_DIM,
     "freq_dim": 64,
-    "ffn_dim": 512,
+    "ffn_dim": 640,
     "num_layers": 6,
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
@@ -589,7 +589,7 @@ def encode_latents(work: Path, num_videos: int, processes: int) -> None:
 
 
 # Shares of the memory modes in the mixture that the base learns: none must be off its distribution.
-_MODE_SHARES = {"latent": 0.6, "alone": 0.12, "pixel": 0.28}
+_MODE_SHARES = {"latent": 0.56, "alone": 0.2, "pixel": 0.24}
 _FIRST_CHUNK_SHARE = 0.4
 _PIXEL_CARRY_SHARES = (0.25, 0.4, 0.35)  # nothing, 1 and 5 frames
 _POSE_DROP_SHARE = 0.05
