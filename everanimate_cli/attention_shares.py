@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from everanimate_cli import hub, weights
+from everanimate_cli import checkpoint, estimates, hub, weights
 from everanimate_cli.analyze import AnalysisResult, write_record, write_table
 from everanimate_cli.analyze_settings import ATTENTION_FILES, AttentionSettings, motion_slots
 from everanimate_cli.chunks import ChunkPlan, driving_indices
@@ -29,12 +29,15 @@ from everanimate_cli.inputs import (
     check_media,
     choose_size,
     draw_anchors,
+    encode_texts,
     extract_driving,
     open_inputs,
     open_video,
     output_rate,
 )
+from everanimate_cli.offloading import offload_folder
 from everanimate_cli.pipeline import peak_memory_mib
+from everanimate_cli.placement import Job, plan_for_machine, read_sizes
 from everanimate_cli.rollout import Step
 from everanimate_cli.schedule import shifted_sigmas
 from everanimate_cli.settings import TEMPORAL_STRIDE, ResolvedSettings, resolve
@@ -415,8 +418,8 @@ def analyze_attention(settings: AttentionSettings, on_event: OnEvent) -> Analysi
     loras = [(spec, hub.locate_lora(spec, on_event, download=download)) for spec in resolved.lora]
     device = weights.choose_device(resolved.device)
     dtype = weights.choose_dtype(resolved.dtype, device)
-    weights.check_checkpoint(source, [path for _, path in loras])
-    geometry = weights.read_geometry(source)
+    checkpoint.check_checkpoint(source, [path for _, path in loras])
+    geometry = estimates.read_geometry(source)
     height, width = choose_size(resolved, media.picture_u8, source, geometry.size_multiple)
     output = settings.output or settings.default_output
     with ExitStack() as stack:
@@ -463,10 +466,29 @@ def analyze_attention(settings: AttentionSettings, on_event: OnEvent) -> Analysi
             )
             size, face_size = (height, width), geometry.face_size
             inputs = open_inputs(resolved, media, size, face_size, stack, on_event)
-        pipeline = weights.load_pipeline(
-            source, loras, device, dtype, with_image_processor=resolved.memory == "pixel"
+        job = Job(
+            height=height,
+            width=width,
+            frames_per_chunk=plan.frames_per_chunk,
+            num_identity_slots=resolved.identity_slots,
+            dtype=dtype,
         )
-        rollout = build_rollout(resolved, pipeline, inputs, plan, anchors)
+        memory = plan_for_machine(resolved.placement_options, device, read_sizes(source), job)
+        prompts = encode_texts(resolved, source, memory.text_device, dtype, on_event)
+        folder = None
+        if memory.placement.offload == "disk":
+            folder = stack.enter_context(offload_folder(output.parent))
+        pipeline = weights.load_pipeline(
+            source,
+            loras,
+            device,
+            dtype,
+            with_image_processor=resolved.memory == "pixel",
+            without=["text_encoder"],
+            placement=memory.placement,
+            offload_folder=folder,
+        )
+        rollout = build_rollout(resolved, pipeline, inputs, plan, anchors, prompts)
         on_event(Note(text=_describe(facts, layout)))
         measured = _measure_rollout(rollout, plan, resolved, layout, on_event)
         hashes = inputs.hashes
@@ -480,7 +502,7 @@ def analyze_attention(settings: AttentionSettings, on_event: OnEvent) -> Analysi
     plot_heat_maps(sheet, measured, title)
     record = {
         "model_revision": source.revision,
-        "model_sha256": weights.checkpoint_hash(source),
+        "model_sha256": checkpoint.checkpoint_hash(source),
         "inputs_sha256": hashes,
         **facts,
     }

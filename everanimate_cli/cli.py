@@ -5,17 +5,21 @@ answered before torch or diffusers is loaded. Workers are imported inside the co
 """
 
 import json
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from everanimate_cli import __version__, cli_analyze
+from everanimate_cli import __version__, cli_analyze, cli_models
 from everanimate_cli.cli_animate import ANIMATE_HELP, run_animate
+from everanimate_cli.cli_doctor import DOCTOR_HELP, run_doctor
 from everanimate_cli.cli_eval import EVAL_HELP, run_eval
 from everanimate_cli.cli_extract import EXTRACT_HELP, run_extract_pose
+from everanimate_cli.cli_launch import this_launch
 from everanimate_cli.cli_options import (
     PROGRAM,
     RESULT,
@@ -90,7 +94,9 @@ app.command("animate", help=ANIMATE_HELP)(run_animate)
 app.command("extract-pose", help=EXTRACT_HELP)(run_extract_pose)
 app.command("train-lora", help=TRAIN_HELP)(run_train_lora)
 app.command("eval", help=EVAL_HELP)(run_eval)
+app.command("doctor", help=DOCTOR_HELP)(run_doctor)
 app.add_typer(cli_analyze.app, name="analyze")
+app.add_typer(cli_models.app, name="models")
 
 
 @app.command("demo", help=DEMO_HELP)
@@ -171,10 +177,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         turned into a line: its exception passes through.
     """
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    launch = this_launch()
+    if launch is None or launch.is_main or words[0] != "animate":
+        return _run(words)
+    # The main process tells the same, and its exit code counts.
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        _run(words)
+    return 0
+
+
+def _run(words: Sequence[str]) -> int:
+    """Run a command line and turn what a user can mend into a line."""
     try:
         # Outside standalone mode typer returns the code of an Exit, None after a command, and
         # leaves usage errors to us.
-        code = app(words, prog_name=PROGRAM, standalone_mode=False)
+        code = app(list(words), prog_name=PROGRAM, standalone_mode=False)
     except EverAnimateError as error:
         return _fail(str(error), error.exit_code)
     except typer.TyperException as error:
@@ -190,9 +207,10 @@ def _command_of(words: Sequence[str]) -> str:
     """The command that words begin with, such as "analyze roundtrip"; empty if there is none."""
     if words[0] in [command.name for command in app.registered_commands]:
         return words[0]
-    if words[0] != "analyze":
+    groups = {"analyze": cli_analyze.app, "models": cli_models.app}
+    if words[0] not in groups:
         return ""
-    commands = [command.name for command in cli_analyze.app.registered_commands]
+    commands = [command.name for command in groups[words[0]].registered_commands]
     return " ".join(words[:2] if words[1:2] and words[1] in commands else words[:1])
 
 

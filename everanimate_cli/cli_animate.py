@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from everanimate_cli.cli_launch import leave, run_partner, this_launch
 from everanimate_cli.cli_options import (
+    CARD,
     LENGTH,
     MODEL,
     OF_MODEL,
@@ -14,6 +16,7 @@ from everanimate_cli.cli_options import (
     PROGRAM,
     RESULT,
     RUN,
+    SPEED,
     AsJson,
     ConfigFile,
     Quiet,
@@ -41,6 +44,8 @@ from everanimate_cli.cli_sampling import (
     ViewOption,
 )
 from everanimate_cli.errors import SettingsError
+from everanimate_cli.launch import check_launch
+from everanimate_cli.placement_settings import Offload, Precision, TextDevice, Tiling, Vram
 from everanimate_cli.preflight import check_animate
 from everanimate_cli.records import read_saved_options
 from everanimate_cli.settings import (
@@ -48,9 +53,12 @@ from everanimate_cli.settings import (
     Codec,
     Device,
     Extend,
+    LoraMode,
+    Parallel,
     Select,
     combine,
 )
+from everanimate_cli.speed_settings import STEP_CACHE_THRESHOLD, Attention, StepCacheKind
 
 # The help keeps line breaks, so a paragraph is one line; a lone backspace keeps the lines below it.
 ANIMATE_HELP = (
@@ -166,8 +174,31 @@ def run_animate(
         ),
     ] = None,
     model: ModelOption = None,
+    transformer: Annotated[
+        Path | None,
+        _option(
+            "transformer",
+            "Take the transformer from this .safetensors (float8 too) or .gguf file.",
+            MODEL,
+            metavar="FILE",
+            default=OF_MODEL,
+        ),
+    ] = None,
     lora: LoraOption = None,
-    device: Annotated[Device | None, _option("device", "Where the networks run.", MODEL)] = None,
+    lora_mode: Annotated[
+        LoraMode | None,
+        _option(
+            "lora_mode",
+            "LoRAs: auto, fused (into the weights) or separate (beside them).",
+            MODEL,
+            metavar="MODE",
+            default="separate where weights come in 8 bits or less",
+        ),
+    ] = None,
+    device: Annotated[
+        Device | None,
+        _option("device", "Where they run: auto, cuda, mps or cpu.", MODEL, metavar="NAME"),
+    ] = None,
     dtype: DtypeOption = None,
     view: ViewOption = None,
     size: Annotated[
@@ -203,6 +234,131 @@ def run_animate(
     overlap: OverlapOption = None,
     identity_slots: IdentitySlotsOption = None,
     clip_image: ClipImageOption = None,
+    vram: Annotated[
+        Vram | None,
+        _option(
+            "vram",
+            "Preset for a card of so many GB: 80, 48, 24, 16, 12 or 8; auto: what fits.",
+            CARD,
+            metavar="GB",
+        ),
+    ] = None,
+    precision: Annotated[
+        Precision | None,
+        _option(
+            "precision",
+            "How the blocks' weights are stored: full, fp8, fp8-matmul (multiplies in fp8 too), "
+            "torchao-fp8, torchao-int8 or nf4.",
+            CARD,
+            metavar="HOW",
+            default="the preset's",
+        ),
+    ] = None,
+    offload: Annotated[
+        Offload | None,
+        _option(
+            "offload",
+            "What waits in main memory: none; model: idle networks; group: idle blocks; or on "
+            "disk. Changes no pixel.",
+            CARD,
+            metavar="WHAT",
+            default="the preset's",
+        ),
+    ] = None,
+    vae_tiling: Annotated[
+        Tiling | None,
+        _option(
+            "vae_tiling",
+            "Decode frames in tiles of 256 pixels; they are always encoded whole.",
+            CARD,
+            default="the preset's",
+        ),
+    ] = None,
+    text_device: Annotated[
+        TextDevice | None,
+        _option(
+            "text_device",
+            "Where a prompt is encoded that is not in the cache: on the device, or cpu.",
+            CARD,
+            default="the preset's",
+        ),
+    ] = None,
+    fast: Annotated[
+        bool | None,
+        _option(
+            "fast",
+            "Few steps with the model's step-distilled LoRA; --steps, --lora and --guidance-scale "
+            "win over it.",
+            SPEED,
+            default="off",
+        ),
+    ] = None,
+    attention: Annotated[
+        Attention | None,
+        _option(
+            "attention",
+            "Kernels of attention: auto, sdpa (torch's), sdpa-math, sdpa-flash, sdpa-efficient, "
+            "sdpa-cudnn, flash, flash3, sage, or from the Hub flash-hub, flash3-hub, flash4-hub, "
+            "sage-hub.",
+            SPEED,
+            metavar="NAME",
+        ),
+    ] = None,
+    compile: Annotated[  # noqa: A002  # named as its field
+        bool | None,
+        _option(
+            "compile",
+            "Compile the transformer's blocks first; pays off in long videos.",
+            SPEED,
+            default="off",
+        ),
+    ] = None,
+    step_cache: Annotated[
+        StepCacheKind | None,
+        _option(
+            "step_cache",
+            "Skip the blocks of steps that change little, from the second chunk on: off or mag.",
+            SPEED,
+            metavar="HOW",
+        ),
+    ] = None,
+    step_cache_threshold: Annotated[
+        float | None,
+        _option(
+            "step_cache_threshold",
+            "How much error it may gather: more is faster.",
+            SPEED,
+            default=f"{STEP_CACHE_THRESHOLD:g}",
+        ),
+    ] = None,
+    concurrent: Annotated[
+        bool | None,
+        _option(
+            "concurrent",
+            "Decode, encode and write a chunk while the next one is sampled.",
+            SPEED,
+            flags=("--concurrent/--no-concurrent",),
+        ),
+    ] = None,
+    parallel: Annotated[
+        Parallel | None,
+        _option(
+            "parallel",
+            "How the processes that torchrun starts share a video: ulysses, ring, or what they "
+            "can.",
+            SPEED,
+            metavar="HOW",
+        ),
+    ] = None,
+    spare_rank: Annotated[
+        bool | None,
+        _option(
+            "spare_rank",
+            "The first of them leaves the transformer to the others, and decodes meanwhile.",
+            SPEED,
+            default="off",
+        ),
+    ] = None,
     output: Annotated[
         Path | None,
         _option(
@@ -262,11 +418,20 @@ def run_animate(
     if "ref" not in options:
         raise SettingsError("REF is missing. Give a picture of the character.")
     settings = AnimateSettings.from_json(options)
+    launch = this_launch()
+    if launch is not None and not launch.is_main:
+        run_partner(launch)
+        return
+    check_launch(settings, launch)
     check_animate(settings)
     with resumable("again" if settings.resume else "without --no-resume"):
         from everanimate_cli.animate import animate
+        from everanimate_cli.animate_processes import open_processes
         from everanimate_cli.console import show_progress
 
-        with show_progress(quiet=quiet) as on_event:
-            result = animate(settings, on_event)
+        with (
+            show_progress(quiet=quiet) as on_event,
+            open_processes(launch, leave) as processes,
+        ):
+            result = animate(settings, on_event, processes)
     show_result(result, as_json=as_json, is_plan=settings.dry_run)

@@ -1,9 +1,11 @@
 """The command `eval`."""
 
 import json
+import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,7 +21,7 @@ from everanimate_cli.cli_options import (
     resumable,
     show_result,
 )
-from everanimate_cli.eval_settings import EvalSettings
+from everanimate_cli.eval_settings import Continuation, EvalSettings, ReportMedia
 from everanimate_cli.preflight import check_eval
 from everanimate_cli.records import read_saved_options
 from everanimate_cli.settings import Device, Fit
@@ -73,7 +75,7 @@ def run_eval(
         _option(
             "manifest",
             "A test set instead: .csv or .jsonl with the columns generated, method, sample, truth, "
-            "reference, driving, start.",
+            "reference, driving, start, extend, frames_per_chunk, overlap.",
             _COMPARED,
             metavar="FILE",
         ),
@@ -104,6 +106,16 @@ def run_eval(
             _COMPARED,
             metavar="TIME",
             default="as saved beside the video, or 0",
+        ),
+    ] = None,
+    extend: Annotated[
+        Continuation | None,
+        _option(
+            "extend",
+            "How the videos go on after the end of the driving: pingpong, loop, hold or none.",
+            _COMPARED,
+            metavar="HOW",
+            default="as saved beside the video, or none",
         ),
     ] = None,
     resize: Annotated[
@@ -177,8 +189,7 @@ def run_eval(
         str | None,
         _option(
             "model",
-            "Whose CLIP image encoder measures identity: 'toy' (embedded), a folder, or a Hub id "
-            "that is on this machine.",
+            "Whose CLIP image encoder measures identity: 'toy' (embedded), a folder, or a Hub id.",
             MODEL,
             metavar="MODEL",
             default="the released model",
@@ -237,6 +248,15 @@ def run_eval(
         Path | None,
         _option("report", "Write a page with all of it as HTML.", RESULT, metavar="FILE"),
     ] = None,
+    report_media: Annotated[
+        ReportMedia | None,
+        _option(
+            "report_media",
+            "What the page shows beside its numbers: videos (and stills), stills or none.",
+            RESULT,
+            metavar="WHAT",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool | None, _option("overwrite", "Replace existing files.", RESULT)
     ] = None,
@@ -269,9 +289,12 @@ def run_eval(
         if isinstance(result, EvalPlan):
             show_result(result, as_json=as_json, is_plan=True)
             return
-        _write_files(result)
+        entries = result.to_json(as_lists=False)
+        _write_files(result, entries)
     if as_json:
-        typer.echo(json.dumps(result.to_json(), ensure_ascii=False))
+        # Piece by piece: as one text an hour of video would need many times its own size.
+        json.dump(entries, sys.stdout, ensure_ascii=False, default=list)
+        typer.echo()
     else:
         from everanimate_cli.evaluation_tables import lay_out
 
@@ -283,15 +306,18 @@ def run_eval(
         raise typer.Exit(1)
 
 
-def _write_files(evaluation: "Evaluation") -> None:
-    """The files that were asked for."""
+def _write_files(evaluation: "Evaluation", entries: Mapping[str, Any]) -> None:
+    """The files that were asked for; `entries` is the evaluation as JSON."""
     settings = evaluation.settings
     if settings.output is not None:
         from everanimate_cli.images import atomic_path
 
-        with atomic_path(settings.output) as temporary:
-            text = json.dumps(evaluation.to_json(), ensure_ascii=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        with (
+            atomic_path(settings.output) as temporary,
+            temporary.open("w", encoding="utf-8") as file,
+        ):
+            json.dump(entries, file, ensure_ascii=False, default=list)
+            file.write("\n")
     if settings.csv is not None:
         from everanimate_cli.evaluation_tables import write_csv
 
@@ -299,15 +325,16 @@ def _write_files(evaluation: "Evaluation") -> None:
     if settings.plot is not None:
         from everanimate_cli.report import plot_png
 
-        plot_png(evaluation.to_json(), settings.plot)
+        plot_png(entries, settings.plot)
     if settings.report is not None:
         from everanimate_cli.report import write_report
 
         write_report(
-            evaluation.to_json(),
+            entries,
             settings.report,
             videos={result.entry.name: result.entry.generated for result in evaluation.methods},
             truth=settings.truth,
             reference=settings.reference,
             driving=settings.driving,
+            media=settings.report_media,
         )

@@ -2,7 +2,7 @@
 
 import errno
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -17,12 +17,14 @@ PROGRAM = "everanimate"
 INTERRUPTED = 130
 
 # Headings of the groups on the help pages.
+CARD = "Memory of the card"
 LENGTH = "Length and motion"
 MEMORY = "Memory between chunks"
 MODEL = "Model"
 PICTURE = "Picture"
 RESULT = "Result"
 RUN = "Run"
+SPEED = "Speed"
 
 OF_MODEL = "the model's"  # a default
 
@@ -153,7 +155,13 @@ def show_result(result: _Result, *, as_json: bool, is_plan: bool) -> None:
 def _plan_line(name: str, value: object) -> str:
     """One entry of a plan as text: its unit, which ends the name, goes behind the number."""
     words, unit = name.removesuffix("_mib").replace("_", " "), " MiB" if "_mib" in name else ""
+    if isinstance(value, list):
+        described = "; ".join(_join_parts(each) for each in value)
+        return f"{words}: {described or 'none'}"
     if not isinstance(value, dict):
         return f"{words}: {value}{unit}"
-    parts = [f"{part.replace('_', ' ')} {amount}" for part, amount in value.items()]
-    return f"{words}: {', '.join(parts)}{unit}"
+    return f"{words}: {_join_parts(value)}{unit}"
+
+
+def _join_parts(parts: Mapping[str, object]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {amount}" for name, amount in parts.items())

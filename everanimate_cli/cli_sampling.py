@@ -35,7 +35,7 @@ LoraOption = Annotated[
     list[str] | None,
     _option(
         "lora",
-        "LoRA file, or owner/name/file on the Hub; repeatable; 'none' for the bare model.",
+        "LoRA file, PEFT folder, or owner/name/file on the Hub; repeatable; 'none' for none.",
         MODEL,
         metavar="FILE[=SCALE]",
         default=f"{OF_MODEL}; for {HUB_MODEL} the released stage 2",

@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers import CLIPVisionModel
 
 from everanimate_cli.clip_image import clip_pixel_values
 from everanimate_cli.errors import WeightsError
 from everanimate_cli.hub import locate_model
-from everanimate_cli.weights import quiet_libraries
+from everanimate_cli.weights import load_image_encoder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,40 +20,33 @@ if TYPE_CHECKING:
 
 
 def load_clip_features(
-    model: str, device: torch.device, on_event: OnEvent
+    model: str, device: torch.device, on_event: OnEvent, *, download: bool
 ) -> Callable[[NDArray[np.uint8]], NDArray[np.float64]]:
     """Make the image encoder of a model ready; its other networks are left alone.
 
-    Nothing is downloaded: a whole checkpoint would be fetched for it.
-
     Args:
-        model: "toy", a checkpoint folder or a Hub id in the local cache.
+        model: "toy", a checkpoint folder or a Hub id, of which the image encoder alone is
+            downloaded.
         device: Where it runs.
-        on_event: Told what is found.
+        on_event: Told how far a download is.
+        download: False refuses what is not in the cache.
 
     Returns:
         From a picture [H, W, 3] uint8, squashed to a square, to its pooled features [D].
 
     Raises:
-        WeightsError: If the model is not on this machine or has no image encoder.
+        WeightsError: If the model is nowhere to be had or has no image encoder.
     """
     try:
-        source = locate_model(model, on_event, download=False)
+        source = locate_model(model, on_event, download=download, networks=("image_encoder",))
     except WeightsError as error:
+        if download:
+            raise
         raise WeightsError(
-            f"--model {model} is not on this machine. Give --model toy or a checkpoint folder, or "
-            "let animate download it."
+            f"the image encoder of --model {model} is not on this machine, and --no-download "
+            "fetches none"
         ) from error
-    try:
-        with quiet_libraries():
-            encoder = CLIPVisionModel.from_pretrained(
-                source.folder / "image_encoder", local_files_only=True, use_safetensors=True
-            )
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"--model {model}: image_encoder cannot be loaded. Give a complete checkpoint."
-        ) from error
-    encoder = encoder.to(device=device, dtype=torch.float32).eval()
+    encoder = load_image_encoder(source, device)
     size = int(encoder.config.image_size)
 
     def features_of(frame_u8: NDArray[np.uint8]) -> NDArray[np.float64]:

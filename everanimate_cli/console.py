@@ -277,9 +277,10 @@ class BarReporter:
             self._train(event)
         elif self._chunks is not None:
             self._tally.add(event)
-            self._bars.update(
-                self._chunks, completed=event.chunk_index + 1, speed=self._tally.speed()
-            )
+            self._bars.update(self._chunks, speed=self._tally.speed())
+            # The next chunk may be under way, and its steps have moved the bar further.
+            if self._started is None or self._started.chunk_index <= event.chunk_index:
+                self._bars.update(self._chunks, completed=event.chunk_index + 1)
 
     def _train(self, step: TrainStep) -> None:
         if self._training is None:

@@ -3,11 +3,12 @@
 # PyAV's `Packet` takes a type argument in its stubs only, so annotations must not be evaluated.
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import av
 import av.error
@@ -18,6 +19,12 @@ from av.stream import Disposition, Stream
 from av.video.stream import VideoStream
 
 from everanimate_cli.errors import MediaError
+
+# Matroska and WebM: elements of a name, a length and as many bytes.
+_EBML_HEADER = b"\x1a\x45\xdf\xa3"
+_SEGMENT = b"\x18\x53\x80\x67"
+_MAX_ELEMENTS_BEFORE_SEGMENT = 8
+_RIFF = b"RIFF"  # AVI
 
 
 class DamagedError(MediaError):
@@ -98,9 +105,72 @@ def intact_packets(container: InputContainer, stream: VideoStream) -> Iterator[P
                 yield packet
     except av.error.FFmpegError as error:
         raise TornError from error
-    # MP4 lists all packets at one place: a file cut between two packets shows no other sign.
-    if len(stream.index_entries) > num_packets:
+    # MP4 lists all packets at one place: a file cut between two packets shows no other sign. The
+    # others are read up to their last whole packet, as if nothing ought to follow.
+    if len(stream.index_entries) > num_packets or _is_cut_off(container):
         raise TornError
+
+
+def _is_cut_off(container: InputContainer) -> bool:
+    """Whether a Matroska, WebM or AVI file is shorter than it says, if it says so."""
+    path = Path(container.name.removeprefix("file:"))
+    with path.open("rb") as file:
+        start = file.read(4)
+        if start == _EBML_HEADER:
+            stated = _matroska_size(file)
+        elif start == _RIFF:
+            stated = _riff_size(file)
+        else:
+            return False
+        return stated is not None and stated > file.seek(0, os.SEEK_END)
+
+
+def _matroska_size(file: BinaryIO) -> int | None:
+    """Bytes up to the end of the segment, which holds everything; None if its end is left open.
+
+    Source: RFC 8794 (EBML) sections 4 to 6, RFC 9559 (Matroska).
+    """
+    file.seek(0)
+    for _ in range(_MAX_ELEMENTS_BEFORE_SEGMENT):
+        name = _read_number(file, keep_marker=True)
+        length = _read_number(file, keep_marker=False)
+        if not name or not length:
+            return None
+        size = int.from_bytes(length)
+        if name == _SEGMENT:
+            # All bits set: a recording that was never finished, or a broadcast.
+            is_open = size == (1 << 7 * len(length)) - 1
+            return None if is_open else file.tell() + size
+        file.seek(size, os.SEEK_CUR)
+    return None
+
+
+def _read_number(file: BinaryIO, *, keep_marker: bool) -> bytes:
+    """A number of one byte more than zero bits lead, at most 8; empty at the end of the file."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return b""
+    num_more = 8 - first[0].bit_length()
+    rest = file.read(num_more)
+    if len(rest) < num_more:
+        return b""
+    if not keep_marker:
+        first = bytes([first[0] & (0x7F >> num_more)])
+    return first + rest
+
+
+def _riff_size(file: BinaryIO) -> int | None:
+    """Bytes up to the end of the last list; None if its length was never filled in."""
+    end = 0
+    while True:
+        file.seek(end + end % 2)
+        head = file.read(8)
+        if head[:4] != _RIFF:
+            return end
+        size = int.from_bytes(head[4:], "little")
+        if not size:
+            return None
+        end = file.tell() + size
 
 
 @contextmanager

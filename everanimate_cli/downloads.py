@@ -159,15 +159,20 @@ def fetch(
     return found
 
 
-def cache_folder() -> Path:
-    """Where downloaded pose models are kept.
+def cache_folder(kind: str = "pose") -> Path:
+    """Where what is downloaded, or costly to compute, is kept.
 
     `$EVERANIMATE_CACHE`, or `everanimate/pose` in `$XDG_CACHE_HOME`, or in `~/.cache`.
+
+    Args:
+        kind: "pose" for pose models; anything else has a folder of this name there.
     """
     # The environment is otherwise read by the command line alone. Where caches lie is its business
     # on every system, and huggingface_hub asks it in the same way for the other models.
     folder = os.environ.get("EVERANIMATE_CACHE")
-    return Path(folder).expanduser() if folder else _user_caches() / "everanimate" / "pose"
+    if folder:
+        return Path(folder).expanduser() / ("" if kind == "pose" else kind)
+    return _user_caches() / "everanimate" / kind
 
 
 def _user_caches() -> Path:

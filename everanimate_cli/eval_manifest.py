@@ -12,8 +12,18 @@ from pathlib import Path
 from typing import ClassVar
 
 from everanimate_cli.errors import InputError, SettingsError
-from everanimate_cli.eval_settings import EvalSettings, is_method_name
+from everanimate_cli.eval_settings import (
+    Continuation,
+    EvalSettings,
+    check_chunks,
+    is_method_name,
+)
 from everanimate_cli.records import Record, decode_time
+
+
+def _decode_count(value: object) -> object:
+    """A number from the text in a table; other values as they are."""
+    return int(value) if isinstance(value, str) and value.strip().isdecimal() else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +38,12 @@ class EvalEntry(Record):
         reference: Picture of the character.
         driving: Folder that `extract-pose` made of the driving video.
         start: Where `truth` and `driving` begin [s]; None for what is saved beside the video.
+        extend: How it goes on after the end of the driving; None likewise.
+        frames_per_chunk: Of its chunks; None for what `--frames-per-chunk` says, or is saved.
+        overlap: Frames that neighbouring chunks share, see `frames_per_chunk`.
     """
 
-    LEAST: ClassVar = {"start": 0}
+    LEAST: ClassVar = {"start": 0, "frames_per_chunk": 2, "overlap": 0}
 
     generated: Path
     method: str = "generated"
@@ -39,6 +52,18 @@ class EvalEntry(Record):
     reference: Path | None = None
     driving: Path | None = None
     start: float | None = field(default=None, metadata={"decode": decode_time})
+    extend: Continuation | None = None
+    frames_per_chunk: int | None = field(default=None, metadata={"decode": _decode_count})
+    overlap: int | None = field(default=None, metadata={"decode": _decode_count})
+
+    def __post_init__(self) -> None:
+        """Refuse values that cannot work, alone or together.
+
+        Raises:
+            SettingsError: Naming the column and the value.
+        """
+        super().__post_init__()
+        check_chunks(self.frames_per_chunk, self.overlap, self.label)
 
     @property
     def name(self) -> str:
@@ -48,6 +73,8 @@ class EvalEntry(Record):
 
 _COLUMNS = tuple(column.name for column in fields(EvalEntry))
 _PATHS = ("generated", "truth", "reference", "driving")
+# What the command line gives to all videos.
+_SHARED = ("truth", "reference", "driving", "start", "extend", "frames_per_chunk", "overlap")
 _ADVICE = "Give a .csv or .jsonl list with a line for each video."
 
 
@@ -58,20 +85,29 @@ def list_entries(settings: EvalSettings) -> list[EvalEntry]:
         InputError: If the manifest is missing or a line of it is wrong.
     """
     if settings.manifest is not None:
-        return read_manifest(settings.manifest)
-    shared = {name: getattr(settings, name) for name in ("truth", "reference", "driving", "start")}
+        return [_completed(entry, settings) for entry in read_manifest(settings.manifest)]
+    shared = {name: getattr(settings, name) for name in _SHARED}
     return [
         EvalEntry(generated=path, method=name, **shared)
         for name, path in settings.methods_and_files
     ]
 
 
+def _completed(entry: EvalEntry, settings: EvalSettings) -> EvalEntry:
+    """The entry with what the command line says of entries that do not say it themselves."""
+    entry = replace(entry, extend=entry.extend or settings.extend)
+    if entry.frames_per_chunk is None:
+        chunks = {name: getattr(settings, name) for name in ("frames_per_chunk", "overlap")}
+        entry = replace(entry, **chunks)
+    return entry
+
+
 def read_manifest(manifest: Path) -> list[EvalEntry]:
     """The videos of a test set.
 
     A CSV file whose first line names the columns, or a JSONL file with one object per line.
-    Columns: generated (needed), method, sample, truth, reference, driving, start. Paths count from
-    the folder of the list, empty values are not given. A sample without a name is called after its
+    Columns: generated (needed) and the other attributes of `EvalEntry`. Paths count from the folder
+    of the list, empty values are not given. A sample without a name is called after its
     truth, else its driving folder, else its video.
 
     Returns:

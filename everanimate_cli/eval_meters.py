@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from everanimate_cli.eval_settings import EvalSettings
     from everanimate_cli.eval_subject import Subject
     from everanimate_cli.events import OnEvent
+    from everanimate_cli.feature_files import FeatureWriter
     from everanimate_cli.person_metrics import DrivingPose, PersonFinder
 
 _OF_DRIFT = ("colour_drift", "contrast_drift", "saturation_drift", "sharpness_drift")
-_OF_LEARNED = ("lpips", "fid", "fvd")
+_OF_LEARNED = ("lpips", "background_lpips", "fid", "fvd")
+OF_BACKGROUND = ("background_psnr", "background_lpips")
 _OF_POSE = ("pose_pck", "pose_pck_strict", "pose_distance")
 
 
@@ -92,7 +94,12 @@ class Networks:
 
         return self._once(
             "clip",
-            lambda: load_clip_features(self._settings.model, self.device(), self._on_event),
+            lambda: load_clip_features(
+                self._settings.model,
+                self.device(),
+                self._on_event,
+                download=self._settings.download,
+            ),
         )
 
 
@@ -120,9 +127,21 @@ def missing_input(name: str, entry: EvalEntry) -> str | None:
 
 
 def build_meters(
-    subject: Subject, wanted: Sequence[str], settings: EvalSettings, networks: Networks
+    subject: Subject,
+    wanted: Sequence[str],
+    settings: EvalSettings,
+    networks: Networks,
+    logs: Mapping[str, FeatureWriter],
 ) -> tuple[list[Meter], dict[str, Unavailable]]:
-    """What is to look at the frames, and which metrics cannot be had."""
+    """What is to look at the frames, and which metrics cannot be had.
+
+    Args:
+        subject: The video.
+        wanted: Names of metrics.
+        settings: Checked options.
+        networks: Behind some of them.
+        logs: Where the features behind a metric go, by its name; it may be nowhere.
+    """
     entry, fps = subject.entry, float(subject.made.rate)
     failed: dict[str, Unavailable] = {}
     names = []
@@ -139,31 +158,54 @@ def build_meters(
         meters.append(frame_metrics.SsimMeter())
     if {*_OF_DRIFT} & {*names}:
         meters.append(frame_metrics.DriftMeter(subject.baseline_frames))
+    backdrop = frame_metrics.Backdrop(subject.baseline_frames)
     if "background_psnr" in names:
-        meters.append(frame_metrics.BackgroundMeter(subject.baseline_frames))
+        meters.append(frame_metrics.BackgroundMeter(backdrop))
     if {"flicker", "seam"} & {*names}:
         meters.append(frame_metrics.MotionMeter(subject.joins))
     every = max(1, round(fps / settings.sample_fps))
-    for name in ("lpips", "fid", "fvd"):
-        if name not in names:
-            continue
-        network = networks.learned(name)
-        if isinstance(network, Unavailable):
-            failed[name] = network
-            continue
-        from everanimate_cli import learned_metrics  # noqa: PLC0415  # heavy
-
-        device = networks.device()
-        if name == "lpips":
-            meters.append(learned_metrics.LpipsMeter(network, device, every))
-        elif name == "fid":
-            meters.append(learned_metrics.FidMeter(network, device, settings.stretches, fps))
-        else:
-            meters.append(learned_metrics.FvdMeter(network, settings.stretches, fps))
+    learned = [name for name in _OF_LEARNED if name in names]
+    if learned:
+        found, lacking = _learned_meters(subject, learned, settings, networks, backdrop, logs)
+        meters += found
+        failed |= lacking
     if {*_OF_POSE, "identity"} & {*names}:
         found, lacking = _person_meters(subject, names, every, networks)
         meters += found
         failed |= lacking
+    return meters, failed
+
+
+def _learned_meters(
+    subject: Subject,
+    names: Sequence[str],
+    settings: EvalSettings,
+    networks: Networks,
+    backdrop: frame_metrics.Backdrop,
+    logs: Mapping[str, FeatureWriter],
+) -> tuple[list[Meter], dict[str, Unavailable]]:
+    """Meters with published networks."""
+    fps, horizons = float(subject.made.rate), settings.stretches
+    every = max(1, round(fps / settings.sample_fps))
+    meters: list[Meter] = []
+    failed: dict[str, Unavailable] = {}
+    for name in names:
+        network = networks.learned(name.removeprefix("background_"))
+        if isinstance(network, Unavailable):
+            failed[name] = network
+            continue
+        from everanimate_cli import learned_metrics as learned  # noqa: PLC0415  # heavy
+
+        device, log = networks.device(), logs.get(name)
+        match name:
+            case "lpips":
+                meters.append(learned.LpipsMeter(network, device, every))
+            case "background_lpips":
+                meters.append(learned.BackgroundLpipsMeter(network, device, every, backdrop))
+            case "fid":
+                meters.append(learned.FidMeter(network, device, horizons, fps, log))
+            case _:
+                meters.append(learned.FvdMeter(network, horizons, fps, log))
     return meters, failed
 
 
@@ -182,7 +224,7 @@ def _person_meters(
     if entry.driving is not None:
         wanted = person_metrics.read_driving_pose(
             entry.driving,
-            indices=range(0, subject.num_frames, every),
+            indices=[subject.driving_at(i) for i in range(0, subject.num_frames, every)],
             rate=subject.made.rate,
             start_s=subject.start_s,
             size=subject.size,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +19,8 @@ from everanimate_cli.frame_metrics import Unavailable, Whole, measure_slope
 from everanimate_cli.metric_table import METRICS
 
 if TYPE_CHECKING:
+    from numpy.typing import DTypeLike
+
     from everanimate_cli.eval_settings import Horizon
     from everanimate_cli.frame_metrics import Outcome, Track
     from everanimate_cli.frechet import PairSums
@@ -40,6 +43,53 @@ _WORST_OF: Final = (
 )
 
 
+class PerFrame(Sequence[float | None]):
+    """Numbers of the frames of a video, None where there is none, in eight bytes each.
+
+    An hour of video has 90,000 of each metric; as objects of Python they would need five times
+    the memory.
+    """
+
+    def __init__(self, values: Iterable[float | None]) -> None:
+        """Take the numbers; NaN and infinity become None."""
+        self._values = array(
+            "d", (v if v is not None and math.isfinite(v) else math.nan for v in values)
+        )
+
+    @overload
+    def __getitem__(self, index: int) -> float | None: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[float | None]: ...
+
+    def __getitem__(self, index: int | slice) -> float | list[float | None] | None:
+        """The number of a frame, or a list of them."""
+        if isinstance(index, slice):
+            return [None if value != value else value for value in self._values[index]]  # noqa: PLR0124  # NaN
+        value = self._values[index]
+        return None if math.isnan(value) else value
+
+    def __len__(self) -> int:
+        """Frames of the video."""
+        return len(self._values)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether all numbers are the same, and missing in the same places."""
+        if not isinstance(other, PerFrame):
+            return NotImplemented
+        return self._values.tobytes() == other._values.tobytes()
+
+    def __hash__(self) -> int:
+        """Of the numbers."""
+        return hash(self._values.tobytes())
+
+    def __array__(
+        self, dtype: DTypeLike | None = None, copy: bool | None = None
+    ) -> NDArray[np.float64]:
+        """[N] float64, NaN where there is none."""
+        return np.array(self._values, np.float64).astype(dtype or np.float64, copy=bool(copy))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Measure:
     """A metric of one video, or the means of it over a test set.
@@ -55,22 +105,25 @@ class Measure:
     """
 
     name: str
-    per_frame: tuple[float | None, ...] | None = None
+    per_frame: PerFrame | None = None
     overall: float | None = None
     horizons: tuple[float | None, ...] = ()
     slope_per_minute: float | None = None
     interval: tuple[float, float] | None = None
     unavailable: str | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON values."""
+    def to_json(self, *, as_lists: bool = True) -> dict[str, Any]:
+        """JSON values; without `as_lists` the numbers of the frames are a `PerFrame`."""
         kind = METRICS[self.name]
+        per_frame: Sequence[float | None] | None = self.per_frame
+        if per_frame is not None and as_lists:
+            per_frame = per_frame[:]
         return {
             "unit": kind.unit,
             "better": kind.better,
             "group": kind.group,
             "about": kind.about,
-            "per_frame": None if self.per_frame is None else list(self.per_frame),
+            "per_frame": per_frame,
             "overall": self.overall,
             "horizons": list(self.horizons),
             "slope_per_minute": self.slope_per_minute,
@@ -84,7 +137,7 @@ class Measure:
         per_frame, interval = entries["per_frame"], entries["interval"]
         return cls(
             name=name,
-            per_frame=None if per_frame is None else tuple(per_frame),
+            per_frame=None if per_frame is None else PerFrame(per_frame),
             overall=entries["overall"],
             horizons=tuple(entries["horizons"]),
             slope_per_minute=entries["slope_per_minute"],
@@ -103,7 +156,11 @@ class MethodResult:
         fps: Frames per second.
         size: (height, width).
         num_frames: Its length.
-        start_s: Where its first frame lies in truth and driving [s].
+        start_s: Where its first frame lies in the driving [s].
+        truth_start_s: Where it lies in the truth [s].
+        extend: In which order the frames of the driving come again after its end; None if they do
+            not.
+        driving_frames: Of the driving before its end; None if the video is not longer.
         chunk_joins: Frames at which a new chunk begins; empty if that is not known.
         compared_frames: How many have a truth; 0 without one.
         metrics: By name.
@@ -115,6 +172,9 @@ class MethodResult:
     size: tuple[int, int]
     num_frames: int
     start_s: float
+    truth_start_s: float
+    extend: str | None
+    driving_frames: int | None
     chunk_joins: tuple[int, ...]
     compared_frames: int
     metrics: Mapping[str, Measure]
@@ -126,10 +186,12 @@ class MethodResult:
             measure = self.metrics.get(name)
             if measure is None or measure.per_frame is None:
                 continue
-            sign = 1 if METRICS[name].better == "lower" else -1
-            values = [(sign * v, i) for i, v in enumerate(measure.per_frame) if v is not None]
+            values = np.asarray(measure.per_frame)
+            if METRICS[name].better == "lower":
+                values = -values
             chosen: list[int] = []
-            for _, index in sorted(values, key=lambda pair: (-pair[0], pair[1])):
+            order = np.argsort(values, kind="stable")  # of equal ones the first; NaN at the end
+            for index in order[: np.count_nonzero(np.isfinite(values))].tolist():
                 if len(chosen) == _WORST_FRAMES:
                     break
                 if all(abs(index - other) >= _WORST_APART_S * self.fps for other in chosen):
@@ -138,8 +200,8 @@ class MethodResult:
                 found.append({"frame": index, "metric": name, "value": measure.per_frame[index]})
         return found
 
-    def to_json(self) -> dict[str, Any]:
-        """JSON values."""
+    def to_json(self, *, as_lists: bool = True) -> dict[str, Any]:
+        """JSON values; see `Measure.to_json`."""
         paths = {
             name: None if path is None else str(path)
             for name in ("truth", "reference", "driving")
@@ -157,9 +219,14 @@ class MethodResult:
             "num_frames": self.num_frames,
             "seconds": self.num_frames / self.fps,
             "start_s": self.start_s,
+            "truth_start_s": self.truth_start_s,
+            "extend": self.extend,
+            "driving_frames": self.driving_frames,
             "compared_frames": self.compared_frames,
             "chunk_joins": list(self.chunk_joins),
-            "metrics": {name: measure.to_json() for name, measure in self.metrics.items()},
+            "metrics": {
+                name: measure.to_json(as_lists=as_lists) for name, measure in self.metrics.items()
+            },
             "worst_frames": self.worst_frames(),
         }
 
@@ -210,8 +277,8 @@ class Evaluation:
                 means[name] = replace(mean, overall=rounded(pool.distance()), horizons=horizons)
         return means
 
-    def to_json(self) -> dict[str, Any]:
-        """One JSON object; not a number is written as null."""
+    def to_json(self, *, as_lists: bool = True) -> dict[str, Any]:
+        """One JSON object; not a number is written as null. See `Measure.to_json`."""
         settings = self.settings
         summaries = [
             {
@@ -229,7 +296,7 @@ class Evaluation:
             "horizons_s": [[h.start_s, h.end_s] for h in settings.stretches],
             "reference": None if settings.reference is None else str(settings.reference),
             "truth": None if settings.truth is None else str(settings.truth),
-            "methods": [result.to_json() for result in self.methods],
+            "methods": [result.to_json(as_lists=as_lists) for result in self.methods],
         }
         # Of single videos it would say the same again.
         return found | ({"summary": summaries} if settings.manifest is not None else {})
@@ -335,7 +402,7 @@ def summarise(name: str, outcome: Outcome, horizons: Sequence[Horizon], fps: flo
     slope = measure_slope(times_s, values)
     return Measure(
         name=name,
-        per_frame=tuple(rounded(value) for value in values.tolist()),
+        per_frame=PerFrame(map(rounded, values)),
         overall=rounded(outcome.over(slice(None))),
         horizons=tuple(_of_horizon(outcome, h, times_s, reach_s) for h in horizons),
         slope_per_minute=None if slope is None else rounded(slope.per_minute),

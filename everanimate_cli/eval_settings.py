@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Final, NamedTuple, Self
+from typing import ClassVar, Final, Literal, NamedTuple, Self
 
 from everanimate_cli.errors import SettingsError
 from everanimate_cli.metric_table import METRICS
@@ -20,6 +20,11 @@ HORIZONS: Final = "0-10,10-30,30-60,60-90,90+"
 # What papers report: the first ten seconds, and a minute and a half.
 PAPER_HORIZONS: Final = "0-10,0-90"
 BASELINE_S: Final = 2.0  # what drift is measured against, where chunks are not known
+
+# How a video goes on after the end of its driving; with "none" the driving is as long as the video.
+Continuation = Literal["pingpong", "loop", "hold", "none"]
+# What a report shows beside its numbers: players and pictures, pictures, or nothing.
+ReportMedia = Literal["videos", "stills", "none"]
 
 _OPERATORS: Final[Mapping[str, Callable[[float, float], bool]]] = {
     "<=": operator.le,
@@ -166,6 +171,8 @@ class EvalSettings(Options):
         driving: Folder that `extract-pose` made of the driving video.
         start: Where `truth` and `driving` begin [s]; None for what the settings beside a result
             say, else 0.
+        extend: How the videos go on after the end of the driving; None for what the settings beside
+            a result say, else "none".
         resize: How a truth of another size is brought to that of the video; None refuses it.
         horizons: Stretches of time, see `parse_horizons`.
         metrics: Names separated by commas; None for all.
@@ -184,6 +191,7 @@ class EvalSettings(Options):
         csv: Table of it as a CSV file.
         plot: Its curves over time as a PNG file.
         report: Page of it as an HTML file.
+        report_media: What the page holds beside its numbers.
         overwrite: Whether these files may be replaced.
         dry_run: Whether only the plan is made.
     """
@@ -198,6 +206,7 @@ class EvalSettings(Options):
     reference: Path | None = None
     driving: Path | None = None
     start: float | None = field(default=None, metadata={"decode": decode_time})
+    extend: Continuation | None = None
     resize: Fit | None = None
     horizons: str = HORIZONS
     metrics: str | None = None
@@ -216,6 +225,7 @@ class EvalSettings(Options):
     csv: Path | None = None
     plot: Path | None = None
     report: Path | None = None
+    report_media: ReportMedia = "videos"
     overwrite: bool = field(default=False, metadata=THIS_RUN)
     dry_run: bool = field(default=False, metadata=THIS_RUN)
 
@@ -232,7 +242,7 @@ class EvalSettings(Options):
         """
         super().__post_init__()
         self._check_inputs()
-        self._check_chunks()
+        check_chunks(self.frames_per_chunk, self.overlap, self.label)
         for name, parse in (("horizons", parse_horizons), ("metrics", _parse_metrics)):
             value = getattr(self, name)
             try:
@@ -262,20 +272,6 @@ class EvalSettings(Options):
                 raise SettingsError(
                     f"two videos are called '{name}'. Name them by --method NAME=FILE."
                 )
-
-    def _check_chunks(self) -> None:
-        if self.overlap is None:
-            if self.frames_per_chunk is not None:
-                raise SettingsError(
-                    f"--frames-per-chunk {self.frames_per_chunk} needs --overlap beside it. "
-                    "Give --overlap 0 for chunks that share no frames."
-                )
-        elif self.frames_per_chunk is None:
-            raise SettingsError(f"--overlap {self.overlap} needs --frames-per-chunk beside it.")
-        elif self.overlap >= self.frames_per_chunk:
-            raise SettingsError(
-                f"--overlap {self.overlap} is not below --frames-per-chunk {self.frames_per_chunk}."
-            )
 
     def _check_gates(self) -> None:
         known = None if self.manifest is not None else [name for name, _ in self.methods_and_files]
@@ -323,6 +319,32 @@ class EvalSettings(Options):
     def gates(self) -> tuple[Gate, ...]:
         """What must not be."""
         return tuple(Gate.parse(text) for text in self.fail_if)
+
+
+def check_chunks(
+    frames_per_chunk: int | None, overlap: int | None, label: Callable[[str], str]
+) -> None:
+    """Refuse one without the other, or an overlap that leaves nothing of a chunk.
+
+    Args:
+        frames_per_chunk: Frames of a chunk.
+        overlap: Frames that neighbouring chunks share.
+        label: What an error calls the two fields.
+
+    Raises:
+        SettingsError: Naming the field and the value.
+    """
+    length, shared = label("frames_per_chunk"), label("overlap")
+    if overlap is None:
+        if frames_per_chunk is not None:
+            raise SettingsError(
+                f"{length} {frames_per_chunk} needs {shared} beside it. "
+                f"Give {shared} 0 for chunks that share no frames."
+            )
+    elif frames_per_chunk is None:
+        raise SettingsError(f"{shared} {overlap} needs {length} beside it.")
+    elif overlap >= frames_per_chunk:
+        raise SettingsError(f"{shared} {overlap} is not below {length} {frames_per_chunk}.")
 
 
 def is_method_name(name: str) -> bool:

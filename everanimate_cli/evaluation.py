@@ -9,20 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from everanimate_cli import frame_metrics
 from everanimate_cli.eval_manifest import list_entries
-from everanimate_cli.eval_meters import Networks, build_meters, missing_input
+from everanimate_cli.eval_meters import (
+    OF_BACKGROUND,
+    Networks,
+    build_meters,
+    missing_input,
+)
 from everanimate_cli.eval_result import (
     FORMAT_VERSION,
     EvalPlan,
@@ -31,9 +33,10 @@ from everanimate_cli.eval_result import (
     MethodResult,
     summarise,
 )
-from everanimate_cli.eval_subject import Subject, open_subject
+from everanimate_cli.eval_subject import PersonMasks, Subject, open_subject
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
-from everanimate_cli.frame_metrics import Moment, Whole, person_mask
+from everanimate_cli.feature_files import STEP_FRAMES, FeatureWriter, distances, read_sums
+from everanimate_cli.frame_metrics import Moment, Whole
 from everanimate_cli.frechet import PairSums
 from everanimate_cli.hashes import hash_file
 from everanimate_cli.images import atomic_path
@@ -47,7 +50,6 @@ if TYPE_CHECKING:
 
 _BATCH_FRAMES = 8  # that are decoded at a time
 _BATCH_BYTES = 2**26
-_OF_SETS = ("fid", "fvd")
 _PACKAGES = ("everanimate", "av", "numpy", "onnxruntime", "opencv-python-headless", "torch")
 _EVAL_PACKAGES = ("cd-fvd", "torch-fidelity", "torchmetrics", "torchvision")
 
@@ -107,30 +109,30 @@ def _measure(
     entry = subject.entry
     hashes = _hashes(entry)
     cache = _Cache(settings.cache, _request(subject, settings, hashes))
+    horizons, fps = settings.stretches, float(subject.made.rate)
     measures = cache.read()
-    if settings.manifest is not None:  # the features themselves are too many to be kept
-        measures = {name: each for name, each in measures.items() if name not in _OF_SETS}
+    features = _feature_paths(subject, settings, hashes)
+    outcomes: dict[str, Outcome] = {}
+    if settings.manifest is not None:  # whose FID and FVD need the features themselves
+        measures = {name: each for name, each in measures.items() if name not in STEP_FRAMES}
+        for name, path in features.items():
+            sums = read_sums(path, horizons, step_s=STEP_FRAMES[name] / fps)
+            if sums is not None:
+                outcomes[name] = distances(name, sums, len(horizons))
     wanted = [name for name in settings.metric_names if name not in measures]
-    if len(wanted) < len(settings.metric_names):
-        on_event(Note(text=f"{entry.name}: {len(measures)} metrics from the cache"))
-    if wanted:
-        meters, failed = build_meters(subject, wanted, settings, networks)
-        outcomes: dict[str, Outcome] = dict(failed)
-        if meters:
-            needs_mask = any(isinstance(each, frame_metrics.BackgroundMeter) for each in meters)
-            on_event(PhaseStarted(name=f"measuring {entry.name}", total=subject.num_frames))
-            for moment in _moments(subject, with_person=needs_mask):
-                for meter in meters:
-                    meter.add(moment)
-                on_event(PhaseAdvanced(done=moment.index + 1))
-            for meter in meters:
-                outcomes |= meter.outcomes()
-        horizons, fps = settings.stretches, float(subject.made.rate)
-        for name in wanted:
-            outcome = outcomes[name]
-            measures[name] = summarise(name, outcome, horizons, fps)
-            if settings.manifest is not None and isinstance(outcome, Whole) and outcome.sums:
-                pools.setdefault((entry.method, name), PairSums()).absorb(outcome.sums)
+    missing = [name for name in wanted if name not in outcomes]
+    if len(missing) < len(settings.metric_names):
+        count = len(settings.metric_names) - len(missing)
+        on_event(Note(text=f"{entry.name}: {count} metrics from the cache"))
+    logs = {name: FeatureWriter(path) for name, path in features.items() if name in missing}
+    measured, failed = _look(subject, missing, settings, networks, logs, on_event)
+    outcomes |= measured
+    for name in wanted:
+        outcome = outcomes[name]
+        measures[name] = summarise(name, outcome, horizons, fps)
+        if settings.manifest is not None and isinstance(outcome, Whole) and outcome.sums:
+            pools.setdefault((entry.method, name), PairSums()).absorb(outcome.sums)
+    if missing:
         # What lacked a package or weights is tried again the next time.
         cache.write({name: each for name, each in measures.items() if name not in failed})
     subject.close()
@@ -141,10 +143,44 @@ def _measure(
         size=subject.size,
         num_frames=subject.num_frames,
         start_s=subject.start_s,
+        truth_start_s=subject.truth_start_s,
+        extend=None if subject.extension is None else subject.extension.extend,
+        driving_frames=None if subject.extension is None else subject.extension.num_frames,
         chunk_joins=subject.joins or (),
         compared_frames=subject.compared_frames,
         metrics={name: measures[name] for name in settings.metric_names},
     )
+
+
+def _look(
+    subject: Subject,
+    names: Sequence[str],
+    settings: EvalSettings,
+    networks: Networks,
+    logs: Mapping[str, FeatureWriter],
+    on_event: OnEvent,
+) -> tuple[dict[str, Outcome], Collection[str]]:
+    """Measure a video.
+
+    Returns:
+        What came of each metric, and the names of those that lack something.
+    """
+    meters, failed = build_meters(subject, names, settings, networks, logs)
+    outcomes: dict[str, Outcome] = dict(failed)
+    if not meters:
+        return outcomes, failed
+    needs_mask = any(name in names and name not in failed for name in OF_BACKGROUND)
+    with ExitStack() as stack:
+        for name in logs.keys() - failed.keys():
+            stack.enter_context(logs[name])
+        on_event(PhaseStarted(name=f"measuring {subject.entry.name}", total=subject.num_frames))
+        for moment in _moments(subject, with_person=needs_mask):
+            for meter in meters:
+                meter.add(moment)
+            on_event(PhaseAdvanced(done=moment.index + 1))
+        for meter in meters:
+            outcomes |= meter.outcomes()
+    return outcomes, failed
 
 
 def _moments(subject: Subject, *, with_person: bool) -> Iterator[Moment]:
@@ -154,34 +190,33 @@ def _moments(subject: Subject, *, with_person: bool) -> Iterator[Moment]:
     """
     height, width = subject.size
     step = max(1, min(_BATCH_FRAMES, _BATCH_BYTES // (3 * height * width)))
-    readers = {"made": subject.made}
+    readers: dict[str, tuple[Callable[[range], Any], int]] = {
+        "made": (subject.made.read, subject.num_frames)
+    }
     if subject.truth is not None:
-        readers["truth"] = subject.truth
+        readers["truth"] = (subject.truth.read, subject.compared_frames)
     if subject.poses is not None and with_person:
-        readers["poses"] = subject.poses
+        readers["person"] = (PersonMasks(subject).read, subject.num_frames)
     with ThreadPoolExecutor(max_workers=len(readers)) as pool:
 
-        def ask(first: int) -> dict[str, Future[NDArray[np.uint8]]]:
+        def ask(first: int) -> dict[str, Future[Any]]:
             return {
-                name: pool.submit(reader.read, range(first, min(first + step, len(reader))))
-                for name, reader in readers.items()
-                if first < len(reader)
+                name: pool.submit(read, range(first, min(first + step, count)))
+                for name, (read, count) in readers.items()
+                if first < count
             }
 
         coming = ask(0)
         for first in range(0, subject.num_frames, step):
             frames = {name: future.result() for name, future in coming.items()}
             coming = ask(first + step) if first + step < subject.num_frames else {}
-            for offset, made_u8 in enumerate(frames["made"]):
-                found = {
-                    name: frames[name][offset]
-                    for name in ("truth", "poses")
-                    if name in frames and offset < len(frames[name])
-                }
-                person = None
-                if "poses" in found:
-                    person = person_mask(found["poses"], height, width)
-                yield Moment(first + offset, made_u8, found.get("truth"), person)
+            for offset in range(len(frames["made"])):
+                made_u8, truth_u8, person = (
+                    frames[name][offset] if offset < len(frames.get(name, ())) else None
+                    for name in ("made", "truth", "person")
+                )
+                assert made_u8 is not None
+                yield Moment(first + offset, made_u8, truth_u8, person)
 
 
 # --- files that were measured before -------------------------------------------------------------
@@ -206,13 +241,35 @@ def _request(
         "format_version": FORMAT_VERSION,
         "files": dict(hashes),
         "model": _fingerprint(Path(settings.model)),
-        "start_s": subject.start_s,
+        "start_s": [subject.start_s, subject.truth_start_s],
+        "extension": None if subject.extension is None else asdict(subject.extension),
         "fit": subject.fit,
         "joins": list(subject.joins) if subject.joins is not None else None,
         "baseline_frames": subject.baseline_frames,
         "options": {name: saved[name] for name in shaping},
         "versions": _versions(),
     }
+
+
+def _feature_paths(
+    subject: Subject, settings: EvalSettings, hashes: Mapping[str, str]
+) -> dict[str, Path]:
+    """Where the features behind a metric of a test set are kept; empty without a cache."""
+    if settings.cache is None or settings.manifest is None:
+        return {}
+    request = {
+        "files": [hashes["generated"], hashes.get("truth")],
+        "truth_start_s": subject.truth_start_s,
+        "compared_frames": subject.compared_frames,
+        "resize": settings.resize,
+        "versions": _versions(),
+    }
+    names = [name for name in STEP_FRAMES if name in settings.metric_names]
+    return {name: settings.cache / f"{_digest({**request, 'of': name})}.npy" for name in names}
+
+
+def _digest(request: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(request, sort_keys=True).encode()).hexdigest()
 
 
 def _fingerprint(model: Path) -> list[object]:
@@ -225,9 +282,7 @@ class _Cache:
     """Measurements of one video in a folder, by a hash of all that shapes them."""
 
     def __init__(self, folder: Path | None, request: Mapping[str, object]) -> None:
-        text = json.dumps(request, sort_keys=True)
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        self._path = None if folder is None else folder / f"{digest}.json"
+        self._path = None if folder is None else folder / f"{_digest(request)}.json"
 
     def read(self) -> dict[str, Measure]:
         """What is there by name; nothing from a damaged file."""
@@ -248,9 +303,9 @@ class _Cache:
         if self._path is None:
             return
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        entries = {name: measure.to_json() for name, measure in measures.items()}
-        with atomic_path(self._path) as temporary:
-            temporary.write_text(json.dumps(entries), encoding="utf-8")
+        entries = {name: each.to_json(as_lists=False) for name, each in measures.items()}
+        with atomic_path(self._path) as temporary, temporary.open("w", encoding="utf-8") as file:
+            json.dump(entries, file, default=list)
 
 
 # --- a plan --------------------------------------------------------------------------------------

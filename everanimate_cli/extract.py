@@ -35,6 +35,7 @@ from everanimate_cli.pose_analysis import (
     look_through,
     no_pose,
     open_source,
+    opencv_in_line,
     plan_retarget,
     read_ahead,
 )
@@ -106,6 +107,7 @@ def extract(settings: ExtractSettings, on_event: OnEvent) -> ExtractResult:
     started_s = time.monotonic()
     output = settings.default_output if settings.output is None else settings.output
     with ExitStack() as stack:
+        stack.enter_context(opencv_in_line())
         source = stack.enter_context(open_source(settings, on_event))
         picture = _read_reference(settings)
         size = _choose_size(settings, picture, source.size)
@@ -155,7 +157,8 @@ def extract(settings: ExtractSettings, on_event: OnEvent) -> ExtractResult:
         if not (summary.persons >= 0).any():
             work.remove()
             raise no_pose(settings)
-        facts |= summary.facts()
+        people = {"people": analyser.num_people}
+        facts |= people | summary.facts()
         facts |= {
             "detector_calls": models.detector.num_calls,
             "networks_s": round(models.seconds_in_network, 3),
@@ -180,6 +183,7 @@ def extract(settings: ExtractSettings, on_event: OnEvent) -> ExtractResult:
             "request": request,
             "warnings": warnings,
             "damaged_s": source.damaged_s,
+            **people,
             **summary.record(),
         }
         if plan is not None and template is not None:
@@ -349,7 +353,7 @@ def list_persons(settings: ExtractSettings, on_event: OnEvent) -> list[Person]:
     Raises:
         EverAnimateError: If the video or a model cannot be used, or nobody is found.
     """
-    with open_source(settings, on_event) as source:
+    with opencv_in_line(), open_source(settings, on_event) as source:
         models = load_models(settings, on_event)
         known_s = source.damaged_s
         tracks = Tracks(*source.size)

@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -25,6 +25,9 @@ from numpy.typing import NDArray
 from everanimate_cli import metrics
 from everanimate_cli.frechet import PairSums
 from everanimate_cli.images import fit_frame
+
+if TYPE_CHECKING:
+    from everanimate_cli.settings import Fit
 
 Frame = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -333,18 +336,19 @@ def _too_short(baseline_frames: int) -> str:
     return f"needs a video that is longer than its first {baseline_frames} frames"
 
 
-def person_mask(pose_u8: Frame, height: int, width: int) -> Mask | None:
+def person_mask(pose_u8: Frame, height: int, width: int, fit: Fit = "contain") -> Mask | None:
     """Where the person of a pose picture may be: the hull of what is drawn, with a margin.
 
     Args:
-        pose_u8: [h, w, 3] skeleton on black, brought to the frame as `fit_frame` contains it.
+        pose_u8: [h, w, 3] skeleton on black.
         height: Of the frame.
         width: Of the frame.
+        fit: How the pose was brought into the frame.
 
     Returns:
         [height, width]; None where nothing is drawn.
     """
-    pose_u8 = fit_frame(pose_u8, height, width, fit="contain")
+    pose_u8 = fit_frame(pose_u8, height, width, fit)
     drawn = cv2.findNonZero((pose_u8.max(-1) >= _DRAWN_FROM).astype(np.uint8))
     if drawn is None:
         return None
@@ -358,48 +362,78 @@ def person_mask(pose_u8: Frame, height: int, width: int) -> Mask | None:
     return mask.astype(np.bool_)
 
 
-class BackgroundMeter:
-    """PSNR of the pixels around the person against their mean over the first frames."""
+class Backdrop:
+    """What lies around the person at the start of a video, and where later frames show it again.
+
+    Looks at a frame once, however many ask.
+    """
 
     def __init__(self, baseline_frames: int) -> None:
         """Take the number of frames at the start that are the measure."""
-        self._baseline_frames = baseline_frames
-        self._series, self._num_frames = Series(), 0
+        self.baseline_frames = baseline_frames
+        self.num_frames = 0
         self._sum: NDArray[np.float32] | None = None  # [H, W, 3]
         self._count: NDArray[np.float32] | None = None  # [H, W]
-        self._background: NDArray[np.float32] | None = None
+        self._scene: NDArray[np.float32] | None = None
+        self._seen: Mask | None = None
 
-    def add(self, moment: Moment) -> None:
-        """Look at the next frame."""
-        self._num_frames = moment.index + 1
+    @property
+    def scene(self) -> NDArray[np.float32]:
+        """[H, W, 3] mean of the first frames; 0 where the person covered all of them."""
+        if self._scene is None:
+            assert self._sum is not None  # asked for once a frame was seen
+            assert self._count is not None
+            counted = np.maximum(self._count, 1)[..., None]
+            self._scene = np.asarray(self._sum / counted, np.float32)
+        return self._scene
+
+    def seen_in(self, moment: Moment) -> Mask | None:
+        """[H, W] pixels that show the scene; None in the first frames, and where there are none."""
+        if moment.index >= self.num_frames:
+            self.num_frames = moment.index + 1
+            self._seen = self._look(moment)
+        return self._seen
+
+    def why_never_seen(self) -> Unavailable:
+        """Why no frame showed the scene again."""
+        if self.num_frames <= self.baseline_frames:
+            return Unavailable(_too_short(self.baseline_frames))
+        return Unavailable("not defined: no pixel is ever seen beside the person")
+
+    def _look(self, moment: Moment) -> Mask | None:
         if moment.person is None:
-            return
+            return None
         around = ~moment.person
         if self._sum is None or self._count is None:
             self._sum = np.zeros(moment.made_u8.shape, np.float32)
             self._count = np.zeros(moment.made_u8.shape[:2], np.float32)
-        if moment.index < self._baseline_frames:
+        if moment.index < self.baseline_frames:
             self._sum[around] += moment.made_u8[around]
             self._count += around
-            return
-        if self._background is None:
-            counted = np.maximum(self._count, 1)[..., None]
-            self._background = np.asarray(self._sum / counted, np.float32)
-        known = around & (self._count > 0)
-        if known.any():
-            away = self._background[known] - moment.made_u8[known]
+            return None
+        seen = around & (self._count > 0)
+        return seen if seen.any() else None
+
+
+class BackgroundMeter:
+    """PSNR of the pixels around the person against their mean over the first frames."""
+
+    def __init__(self, backdrop: Backdrop) -> None:
+        """Take what knows the scene."""
+        self._backdrop, self._series = backdrop, Series()
+
+    def add(self, moment: Moment) -> None:
+        """Look at the next frame."""
+        seen = self._backdrop.seen_in(moment)
+        if seen is not None:
+            away = self._backdrop.scene[seen] - moment.made_u8[seen]
             self._series.put(moment.index, float(np.square(away).mean(dtype=np.float64)))
 
     def outcomes(self) -> Mapping[str, Outcome]:
         """PSNR of the background."""
-        outcome: Outcome
-        if self._num_frames <= self._baseline_frames:
-            outcome = Unavailable(_too_short(self._baseline_frames))
-        elif not len(self._series):
-            outcome = Unavailable("not defined: no pixel is ever seen beside the person")
-        else:
-            outcome = _psnr_track(self._series.rows(self._num_frames)[:, 0])
-        return {"background_psnr": outcome}
+        if not len(self._series):
+            return {"background_psnr": self._backdrop.why_never_seen()}
+        return {"background_psnr": _psnr_track(self._series.rows(self._backdrop.num_frames)[:, 0])}
 
 
 # --- from frame to frame -------------------------------------------------------------------------

@@ -1,11 +1,17 @@
-"""Find a checkpoint or a LoRA: embedded, in a folder, in the local cache, or on the Hub."""
+"""Find a checkpoint or a LoRA: embedded, in a folder, in the local cache, or on the Hub.
+
+Loads none of torch, diffusers and transformers.
+"""
 
 from __future__ import annotations
 
 import errno
+import glob
+from collections.abc import Callable
+from dataclasses import dataclass
 from fnmatch import fnmatch
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 from huggingface_hub import constants as hub_constants
@@ -13,29 +19,39 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
-    IncompleteSnapshotError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import tqdm as hub_tqdm  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from everanimate_cli.errors import SettingsError, WeightsError
 from everanimate_cli.events import Note, OnEvent
+from everanimate_cli.hub_transfer import (
+    HTTP_ERROR,
+    DamagedError,
+    Meter,
+    RemoteFile,
+    amount,
+    check_space,
+    count_arrived,
+    fetch_files,
+    quiet_hub,
+    storage_folder,
+)
+from everanimate_cli.lora_config import PEFT_CONFIG, PEFT_WEIGHTS, lora_weights_file
+from everanimate_cli.model_folder import (
+    CHECKPOINT_PATTERNS,
+    NETWORKS,
+    ModelSource,
+    left_out,
+)
 from everanimate_cli.preflight import check_lora, check_model
 from everanimate_cli.records import HubId, LoraSpec, split_hub_id
 from everanimate_cli.settings import HUB_MODEL, TOY_MODEL, read_model_defaults
-from everanimate_cli.weights import (
-    NETWORKS,
-    TOKENIZER_SUFFIXES,
-    ModelSource,
-    check_files,
-    quiet_libraries,
-)
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Sequence
 
     from huggingface_hub import ModelInfo
 
@@ -49,25 +65,107 @@ HUB_REVISIONS = {HUB_MODEL: "main", "epfl-vita/everanimate": "main"}
 # The released base as diffusers' conversion script writes it: 17.275 B parameters of the
 # transformer in float32, text and image encoder in bfloat16, VAE in float32.
 _HUB_MODEL_GB = 82
+RELEASED_LORAS = tuple(
+    f"epfl-vita/everanimate/ckpts/everanimate-v1-lora32/{stage}.safetensors"
+    for stage in ("stage1_480p", "stage2_480p", "stage3_720p_beta")
+)
 
 _HUB_TIMEOUT_S = 10.0
 _NO_ACCESS = (401, 403, 404)
-# What huggingface_hub lets through from its HTTP library: httpx, from version 2 on httpx2.
-_HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
-
-_NUM_REPORTS = 10  # of one download
-
-_CHECKPOINT_PATTERNS = [
-    "model_index.json",
-    "everanimate.json",
-    "scheduler/*.json",
-    "image_processor/*.json",
-    *(f"{name}/*{suffix}" for name in NETWORKS for suffix in (".json", ".safetensors")),
-    *(f"tokenizer/*{suffix}" for suffix in TOKENIZER_SUFFIXES),
-]
+_COMMIT_DIGITS = 40
 
 
-def locate_model(model: str, on_event: OnEvent, *, download: bool = True) -> ModelSource:
+@dataclass(frozen=True, kw_only=True)
+class Asset:
+    """Files of a repository on the Hub that are used together.
+
+    Attributes:
+        name: As the user gave it.
+        label: How an error calls it.
+        hub_id: Where they are.
+        patterns: Which files.
+        without: Which of them are not needed.
+        is_whole: Whether a folder holds all that is needed.
+        refuse: Refuses a repository that lacks them, given the names of its files.
+        way_out: What helps where they cannot be had.
+        size: About how much it is, for a reader; empty if unknown.
+    """
+
+    name: str
+    label: str
+    hub_id: HubId
+    patterns: tuple[str, ...]
+    without: tuple[str, ...] = ()
+    is_whole: Callable[[Path], bool]
+    refuse: Callable[[Sequence[str]], None]
+    way_out: str
+    size: str = ""
+
+    @property
+    def revision(self) -> str:
+        """Branch, tag or commit."""
+        return self.hub_id.revision or HUB_REVISIONS.get(self.hub_id.repository, "main")
+
+    def selects(self, name: str) -> bool:
+        """Whether a file of the repository is one of them."""
+        return any(fnmatch(name, pattern) for pattern in self.patterns) and not any(
+            fnmatch(name, pattern) for pattern in self.without
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """What the local cache holds of an asset.
+
+    Attributes:
+        folder: With the files, which are links in most caches.
+        is_whole: Whether all is there.
+    """
+
+    folder: Path
+    is_whole: bool
+
+    @property
+    def commit(self) -> str:
+        """The cache names a snapshot after it."""
+        return self.folder.name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Download:
+    """What is to be downloaded of an asset.
+
+    Attributes:
+        asset: What.
+        commit: Of the repository.
+        files: All that it consists of.
+        missing: Those that are not in the cache.
+        num_arrived: Bytes of them that an earlier download has left.
+    """
+
+    asset: Asset
+    commit: str
+    files: tuple[RemoteFile, ...]
+    missing: tuple[RemoteFile, ...]
+    num_arrived: int
+
+    @property
+    def num_bytes(self) -> int:
+        """That the missing files take in all."""
+        return sum(file.num_bytes for file in self.missing)
+
+
+# --- models --------------------------------------------------------------------------------------
+
+
+def locate_model(
+    model: str,
+    on_event: OnEvent,
+    *,
+    download: bool = True,
+    transformer: Path | None = None,
+    networks: Sequence[str] = NETWORKS,
+) -> ModelSource:
     """Find a checkpoint, downloading it if it is on the Hub and not yet in the local cache.
 
     A repository in the cache is used as it is, without a question to the Hub, so that a result can
@@ -77,18 +175,20 @@ def locate_model(model: str, on_event: OnEvent, *, download: bool = True) -> Mod
         model: "toy", a checkpoint folder or a Hub id `owner/name[@revision]`.
         on_event: Told how far a download is.
         download: False refuses what is not in the cache.
+        transformer: File to take instead of the model's transformer, which is then not downloaded.
+        networks: Those that are needed, and downloaded.
 
     Returns:
         The folder with its defaults. Its weights are not checked yet, see `check_checkpoint`.
 
     Raises:
         SettingsError: If the name fits nothing.
-        WeightsError: If the checkpoint is nowhere to be had, or says nothing usable of itself.
+        WeightsError: If the checkpoint is nowhere to be had, the disk has no room for it, or it
+            says nothing usable of itself.
         OSError: If the disk is full.
     """
     check_model(model)
     revision = None
-    hub_id = split_hub_id(model)
     if model == TOY_MODEL:
         folder = TOY_FOLDER
         if not folder.is_dir():
@@ -96,13 +196,70 @@ def locate_model(model: str, on_event: OnEvent, *, download: bool = True) -> Mod
                 f"--model {model} is missing in this installation ({folder}). "
                 "Install everanimate again."
             )
-    elif hub_id is None or Path(model).is_dir():
+    elif Path(model).is_dir() or split_hub_id(model) is None:
         folder = Path(model)
     else:
-        folder = _fetch_model(model, hub_id, on_event, download)
-        revision = folder.name  # the cache names a snapshot after its commit
+        asset = model_asset(model, transformer, networks=networks)
+        folder = _provide(asset, on_event, download)
+        revision = folder.name
     defaults = read_model_defaults(folder)
-    return ModelSource(folder=folder, defaults=defaults, name=model, revision=revision)
+    return ModelSource(
+        folder=folder, defaults=defaults, name=model, revision=revision, transformer=transformer
+    )
+
+
+def model_asset(
+    model: str,
+    transformer: Path | None = None,
+    option: str = "--model",
+    networks: Sequence[str] = NETWORKS,
+) -> Asset:
+    """The files of a checkpoint on the Hub.
+
+    Args:
+        model: Hub id `owner/name[@revision]`.
+        transformer: File to take instead of the model's transformer.
+        option: That names it, for errors.
+        networks: Those that are needed.
+
+    Raises:
+        SettingsError: If no repository can be called so.
+    """
+    label = f"{option} {model}".strip()
+
+    def is_whole(folder: Path) -> bool:
+        try:
+            defaults = read_model_defaults(folder)
+            ModelSource(
+                folder=folder, defaults=defaults, name=model, transformer=transformer
+            ).check_files(networks)
+        except WeightsError:
+            return False
+        return True
+
+    def refuse(names: Sequence[str]) -> None:
+        marks = ("transformer/config.json", "diffusion_pytorch_model.safetensors.index.json")
+        if not any(mark in names for mark in marks):
+            raise WeightsError(
+                f"{label} has no {marks[0]}. Give a repository in diffusers or the original layout."
+            )
+
+    hub_id = _hub_id(label, model)
+    is_released, is_all = hub_id.repository == HUB_MODEL, set(networks) == set(NETWORKS)
+    return Asset(
+        name=model,
+        label=label,
+        hub_id=hub_id,
+        patterns=CHECKPOINT_PATTERNS,
+        without=left_out(transformer, networks),
+        is_whole=is_whole,
+        refuse=refuse,
+        way_out="give a checkpoint folder, or use --model toy, which works offline",
+        size=f"about {_HUB_MODEL_GB} GB" if is_released and is_all else "",
+    )
+
+
+# --- LoRAs ---------------------------------------------------------------------------------------
 
 
 def locate_lora(
@@ -115,7 +272,8 @@ def locate_lora(
     """Find a LoRA file, downloading it if it is on the Hub and not yet in the local cache.
 
     Args:
-        spec: A .safetensors file or a Hub id `owner/name/path/to/file.safetensors[@revision]`.
+        spec: A .safetensors file, a folder of PEFT or a Hub id
+            `owner/name/path/to/file.safetensors[@revision]`.
         on_event: Told how far a download is.
         download: False refuses what is not in the cache.
         option: That names it, for errors.
@@ -125,234 +283,268 @@ def locate_lora(
 
     Raises:
         InputError: If the file does not exist.
-        WeightsError: If it is nowhere to be had; lists the repository's files if it names none.
+        WeightsError: If it is nowhere to be had, or the disk has no room for it; lists the
+            repository's files if it names none.
         OSError: If the disk is full.
     """
     check_lora(spec, option)
     path = Path(spec.source)
-    hub_id = split_hub_id(spec.source)
-    if hub_id is None or path.exists():
-        return path
-    label = f"{option} {spec.source}"
-    _check_repository_name(label, hub_id)
-    revision = _default_revision(hub_id)
-    if hub_id.path:
-        try:
-            return Path(
-                huggingface_hub.hf_hub_download(
-                    hub_id.repository, hub_id.path, revision=revision, local_files_only=True
-                )
-            )
-        except LocalEntryNotFoundError:
-            problem = f"is not in the cache ({hub_constants.HF_HUB_CACHE})"
-        purpose = "to download it"
-        way_out = "give a .safetensors file, or use --model toy, which works offline"
-    else:
-        problem, purpose = "names no file", "to see its files"
+    if split_hub_id(spec.source) is None or path.exists():
+        return lora_weights_file(path)
+    asset = lora_asset(spec.source, option)
+    return _provide(asset, on_event or (lambda _event: None), download) / asset.hub_id.path
+
+
+def lora_asset(source: str, option: str = "--lora") -> Asset:
+    """The file of a LoRA on the Hub.
+
+    Args:
+        source: Hub id `owner/name/path/to/file.safetensors[@revision]`.
+        option: That names it, for errors.
+
+    Raises:
+        SettingsError: If no repository can be called so.
+    """
+    label = f"{option} {source}".strip()
+    hub_id = _hub_id(label, source)
+    paths = [hub_id.path]
+    # PEFT's matrices count as their configuration says.
+    if PurePosixPath(hub_id.path).name == PEFT_WEIGHTS:
+        paths.append(str(PurePosixPath(hub_id.path).with_name(PEFT_CONFIG)))
+
+    def refuse(names: Sequence[str]) -> None:
+        found = [name for name in names if name.endswith(".safetensors")]
+        if hub_id.path not in found:
+            problem = f"has no {hub_id.path}" if hub_id.path else "names no file"
+            known = ", ".join(f"{hub_id.repository}/{name}" for name in found)
+            raise WeightsError(f"{label} {problem}. Known: {known or 'no .safetensors file'}.")
+        missing = [path for path in paths if path not in names]
+        if missing:
+            raise WeightsError(f"{label} has no {missing[0]} beside it. Give another LoRA.")
+
+    way_out = "give a .safetensors file, or use --model toy, which works offline"
+    if not hub_id.path:
         way_out = f"or give {hub_id.repository}/PATH/TO/FILE.safetensors"
-    if not download:
-        raise _not_downloaded(label, problem, way_out)
-    info = _ask_hub(label, hub_id, problem, purpose, way_out)
-    names = [file.rfilename for file in info.siblings or ()]
-    names = [name for name in names if name.endswith(".safetensors")]
-    if hub_id.path not in names:
-        problem = f"has no {hub_id.path}" if hub_id.path else "names no file"
-        known = ", ".join(f"{hub_id.repository}/{name}" for name in names)
-        raise WeightsError(f"{label} {problem}. Known: {known or 'no .safetensors file'}.")
-    progress = _announce_download(spec.source, info, [hub_id.path], on_event)
-    return _download(
-        label,
-        hub_id,
-        lambda: huggingface_hub.hf_hub_download(
-            hub_id.repository, hub_id.path, revision=revision, tqdm_class=progress
+    return Asset(
+        name=source,
+        label=label,
+        hub_id=hub_id,
+        patterns=tuple(glob.escape(path) for path in paths),
+        is_whole=lambda folder: (
+            bool(hub_id.path) and all((folder / path).is_file() for path in paths)
         ),
+        refuse=refuse,
+        way_out=way_out,
     )
 
 
-def _check_repository_name(label: str, hub_id: HubId) -> None:
+def _hub_id(label: str, text: str) -> HubId:
+    hub_id = split_hub_id(text)
+    assert hub_id is not None, text
     try:
         validate_repo_id(hub_id.repository)
     except HFValidationError as error:
         raise SettingsError(f"{label} is not a valid name of a Hub repository.") from error
+    return hub_id
 
 
-def _default_revision(hub_id: HubId) -> str:
-    return hub_id.revision or HUB_REVISIONS.get(hub_id.repository, "main")
+# --- cache ---------------------------------------------------------------------------------------
 
 
-def _fetch_model(model: str, hub_id: HubId, on_event: OnEvent, download: bool) -> Path:
-    """Folder of a repository in the local cache, downloaded before if need be."""
-    label = f"--model {model}"
-    _check_repository_name(label, hub_id)
-    revision = _default_revision(hub_id)
-    state = "is not"
-    try:
-        folder = Path(
-            huggingface_hub.snapshot_download(
-                hub_id.repository,
-                revision=revision,
-                allow_patterns=_CHECKPOINT_PATTERNS,
-                local_files_only=True,
-            )
-        )
-        check_files(label, folder)
-    except (IncompleteSnapshotError, WeightsError):
-        # Only newer versions of the cache remember which files belong to a snapshot.
-        state = "is only partly"
-    except LocalEntryNotFoundError:
-        pass
-    else:
-        return folder
-    problem = f"{state} in the cache ({hub_constants.HF_HUB_CACHE})"
-    size = f" (about {_HUB_MODEL_GB} GB)" if hub_id.repository == HUB_MODEL else ""
-    way_out = "give a checkpoint folder, or use --model toy, which works offline"
+def find_snapshot(asset: Asset) -> Snapshot | None:
+    """What the local cache holds of an asset; asks no network."""
+    storage = storage_folder(asset.hub_id.repository)
+    commit = asset.revision
+    if len(commit) != _COMMIT_DIGITS:
+        try:
+            commit = (storage / "refs" / asset.revision).read_text(encoding="utf-8").strip()
+        except OSError:
+            return None
+    folder = storage / "snapshots" / commit
+    if not commit or not folder.is_dir():
+        return None
+    is_whole = asset.is_whole(folder)
+    if is_whole:
+        try:
+            # Newer versions of the cache remember which files belong to a snapshot.
+            with quiet_hub():
+                huggingface_hub.snapshot_download(
+                    asset.hub_id.repository,
+                    revision=commit,
+                    allow_patterns=list(asset.patterns),
+                    ignore_patterns=list(asset.without),
+                    local_files_only=True,
+                )
+        except LocalEntryNotFoundError:
+            is_whole = False
+    return Snapshot(folder=folder, is_whole=is_whole)
+
+
+def _provide(asset: Asset, on_event: OnEvent, download: bool) -> Path:
+    """Folder of an asset in the local cache, downloaded before if need be."""
+    found = find_snapshot(asset)
+    if found is not None and found.is_whole:
+        return found.folder
+    problem = describe_absence(asset, found)
     if not download:
-        raise _not_downloaded(label, problem, way_out)
-    info = _ask_hub(label, hub_id, problem, f"to download it{size}", way_out)
-    names = [file.rfilename for file in info.siblings or ()]
-    if "transformer/config.json" not in names:
         raise WeightsError(
-            f"{label} has no transformer/config.json. Give a repository in diffusers layout."
+            f"{asset.label} {problem}, and --dry-run downloads nothing. "
+            f"Run it without, {asset.way_out}."
         )
-    needed = [
-        name for name in names if any(fnmatch(name, pattern) for pattern in _CHECKPOINT_PATTERNS)
-    ]
-    progress = _announce_download(model, info, needed, on_event)
-    return _download(
-        label,
-        hub_id,
-        lambda: huggingface_hub.snapshot_download(
-            hub_id.repository,
-            revision=revision,
-            allow_patterns=_CHECKPOINT_PATTERNS,
-            tqdm_class=progress,
-        ),
+    return fetch(plan_download(asset, problem), on_event)
+
+
+def describe_absence(asset: Asset, found: Snapshot | None) -> str:
+    """Why an asset has to be downloaded, as the predicate of a sentence."""
+    if not any(asset.patterns):
+        return "names no file"
+    state = "is only partly" if found is not None else "is not"
+    return f"{state} in the cache ({hub_constants.HF_HUB_CACHE})"
+
+
+# --- download ------------------------------------------------------------------------------------
+
+
+def plan_download(asset: Asset, problem: str | None = None) -> Download:
+    """Ask the Hub what an asset consists of, and see what the cache lacks.
+
+    Args:
+        asset: What is wanted.
+        problem: Why; None to find out.
+
+    Raises:
+        WeightsError: If the Hub cannot be asked or does not have it.
+    """
+    info = _ask_hub(asset, problem or describe_absence(asset, find_snapshot(asset)))
+    asset.refuse([file.rfilename for file in info.siblings or ()])
+    files = tuple(
+        RemoteFile(
+            name=file.rfilename,
+            num_bytes=file.size or 0,
+            sha256=None if file.lfs is None else file.lfs.sha256,
+            git_sha1=file.blob_id or "",
+        )
+        for file in info.siblings or ()
+        if asset.selects(file.rfilename)
+    )
+    commit = str(info.sha)
+    snapshot = storage_folder(asset.hub_id.repository) / "snapshots" / commit
+    missing = tuple(file for file in files if not (snapshot / file.name).exists())
+    repository = asset.hub_id.repository
+    return Download(
+        asset=asset,
+        commit=commit,
+        files=files,
+        missing=missing,
+        num_arrived=sum(count_arrived(repository, file) for file in missing),
     )
 
 
-def _not_downloaded(label: str, problem: str, way_out: str) -> WeightsError:
-    """The refusal of what a plan alone is not worth."""
-    return WeightsError(
-        f"{label} {problem}, and --dry-run downloads nothing. Run it without, {way_out}."
-    )
+def fetch(download: Download, on_event: OnEvent) -> Path:
+    """Download what is missing of an asset.
+
+    Args:
+        download: From `plan_download`.
+        on_event: Told how far it is.
+
+    Returns:
+        The folder in the cache.
+
+    Raises:
+        WeightsError: If the disk has no room, the Hub refuses, or the connection is lost.
+        OSError: If the disk is full.
+    """
+    asset = download.asset
+    repository = asset.hub_id.repository
+    check_space(asset.label, download.num_bytes - download.num_arrived)
+    size = amount(download.num_bytes)
+    if download.num_arrived:
+        size += f", of which {amount(download.num_arrived)} are there"
+    on_event(Note(text=f"downloading {asset.name}: {size}, to {hub_constants.HF_HUB_CACHE}"))
+    meter = Meter(asset.name, download.num_bytes, download.num_arrived, on_event)
+    try:
+        with quiet_hub():
+            large = [file for file in download.missing if file.sha256 is not None]
+            blobs = storage_folder(repository) / "blobs"
+            absent = [file for file in large if not (blobs / str(file.sha256)).exists()]
+            fetch_files(repository, download.commit, absent, meter, on_event)
+            # Puts what has come to its place, and brings the small files.
+            folder = huggingface_hub.snapshot_download(
+                repository,
+                revision=asset.revision,
+                allow_patterns=list(asset.patterns),
+                ignore_patterns=list(asset.without),
+                tqdm_class=meter.bar_class(),
+            )
+    except HfHubHTTPError as error:  # a gated repository tells its files, but gives none
+        raise _refusal(asset, error) from error
+    # hf_xet, which moves files whose sha256 is not stated, reports all trouble as RuntimeError.
+    except (HTTP_ERROR, OSError, RuntimeError, DamagedError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+        raise WeightsError(
+            f"{asset.label}: the download broke off ({reason}). "
+            "Run the same command again to go on; what has arrived is kept."
+        ) from error
+    meter.finish()
+    return Path(folder)
 
 
-def _ask_hub(label: str, hub_id: HubId, problem: str, purpose: str, way_out: str) -> ModelInfo:
+def _ask_hub(asset: Asset, problem: str) -> ModelInfo:
     """What the Hub says about a repository: its commit, its files and their sizes.
 
     One request with a time limit. Without a network the download functions themselves retry for
     23 s, or wait for the system's own limit, and log every try.
 
     Args:
-        label: Option and value.
-        hub_id: The repository.
+        asset: What is wanted of it.
         problem: Why the Hub is asked.
-        purpose: What for.
-        way_out: What helps if it cannot be asked.
     """
+    size = f" ({asset.size})" if asset.size else ""
+    purpose = f"to download it{size}" if any(asset.patterns) else "to see its files"
     try:
-        with quiet_libraries():
+        with quiet_hub():
             return huggingface_hub.HfApi().model_info(
-                hub_id.repository,
-                revision=_default_revision(hub_id),
+                asset.hub_id.repository,
+                revision=asset.revision,
                 files_metadata=True,
                 timeout=_HUB_TIMEOUT_S,
             )
     except OfflineModeIsEnabled as error:
         raise WeightsError(
-            f"{label} {problem} and HF_HUB_OFFLINE is set. Unset it {purpose}, {way_out}."
+            f"{asset.label} {problem} and HF_HUB_OFFLINE is set. Unset it {purpose}, "
+            f"{asset.way_out}."
         ) from error
     except HfHubHTTPError as error:
-        raise _refusal(label, hub_id, error) from error
-    except (_HTTP_ERROR, OSError) as error:
+        raise _refusal(asset, error) from error
+    except (HTTP_ERROR, OSError) as error:
         raise WeightsError(
-            f"{label} {problem} and {hub_constants.ENDPOINT} cannot be reached. "
-            f"Connect to the network {purpose}, {way_out}."
+            f"{asset.label} {problem} and {hub_constants.ENDPOINT} cannot be reached. "
+            f"Connect to the network {purpose}, {asset.way_out}."
         ) from error
 
 
-def _refusal(label: str, hub_id: HubId, error: HfHubHTTPError) -> WeightsError:
+def _refusal(asset: Asset, error: HfHubHTTPError) -> WeightsError:
     """The Hub's answer in one line."""
     endpoint = hub_constants.ENDPOINT
     if isinstance(error, GatedRepoError):
         return WeightsError(
-            f"{label} is gated. Ask for access at {endpoint}/{hub_id.repository}, "
+            f"{asset.label} is gated. Ask for access at {endpoint}/{asset.hub_id.repository}, "
             "then log in with 'hf auth login'."
         )
     if isinstance(error, RevisionNotFoundError):
         return WeightsError(
-            f"{label} has no revision {_default_revision(hub_id)}. "
+            f"{asset.label} has no revision {asset.revision}. "
             "Give a branch, a tag or a commit after '@'."
         )
     # The Hub answers 401 for a wrong name too, so as not to betray private ones.
     if error.response.status_code in _NO_ACCESS:
         return WeightsError(
-            f"{label} is not on {endpoint}, or is private. "
+            f"{asset.label} is not on {endpoint}, or is private. "
             "Check the name, or log in with 'hf auth login'."
         )
     return WeightsError(
-        f"{label} cannot be downloaded: {endpoint} answered {error.response.status_code}. "
+        f"{asset.label} cannot be downloaded: {endpoint} answered {error.response.status_code}. "
         "Try again later."
     )
-
-
-def _announce_download(
-    name: str, info: ModelInfo, needed: Iterable[str], on_event: OnEvent | None
-) -> type[hub_tqdm]:
-    """Tell what is about to be downloaded; the class returned tells how far it is."""
-    wanted = set(needed)
-    num_bytes = sum(
-        file.size or 0
-        for file in info.siblings or ()
-        if file.rfilename in wanted
-        and not isinstance(
-            huggingface_hub.try_to_load_from_cache(info.id, file.rfilename, revision=info.sha), str
-        )
-    )
-    report = on_event or (lambda _event: None)
-    report(Note(text=f"downloading {name}: {_gb(num_bytes)} GB to {hub_constants.HF_HUB_CACHE}"))
-    return _progress_class(num_bytes, report)
-
-
-def _progress_class(num_bytes: int, report: OnEvent) -> type[hub_tqdm]:
-    """A bar for huggingface_hub that draws nothing and reports every tenth of a download."""
-    num_told = 0
-
-    class QuietBar(hub_tqdm):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            self._num_done = 0.0
-            self._counts_bytes = kwargs.get("unit") == "B"  # another bar counts files
-            super().__init__(*args, **{**kwargs, "disable": True})
-
-        def update(self, n: float | None = 1) -> bool | None:
-            nonlocal num_told
-            self._num_done += n or 0
-            num_reached = int(_NUM_REPORTS * self._num_done / max(num_bytes, 1))
-            if self._counts_bytes and num_told < num_reached < _NUM_REPORTS:
-                num_told = num_reached
-                report(Note(text=f"downloaded {_gb(self._num_done)} of {_gb(num_bytes)} GB"))
-            return cast("bool | None", super().update(n))
-
-    return QuietBar
-
-
-def _gb(num_bytes: float) -> str:
-    return f"{num_bytes / 1e9:.2f}"
-
-
-def _download(label: str, hub_id: HubId, start: Callable[[], str]) -> Path:
-    """Run a download; what goes wrong on the way becomes one line."""
-    try:
-        with quiet_libraries():
-            return Path(start())
-    except HfHubHTTPError as error:  # a gated repository tells its files, but gives none
-        raise _refusal(label, hub_id, error) from error
-    # hf_xet, which moves the large files, reports all trouble as RuntimeError.
-    except (_HTTP_ERROR, OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
-        raise WeightsError(
-            f"{label}: the download broke off ({reason}). "
-            "Run the same command again; finished files are kept."
-        ) from error

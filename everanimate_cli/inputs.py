@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from everanimate_cli import weights
 from everanimate_cli.chunks import ChunkPlan, driving_indices
+from everanimate_cli.downloads import cache_folder
 from everanimate_cli.errors import InputError, MediaError, SettingsError
 from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.extract import extract, make_request, reusable
@@ -23,7 +23,9 @@ from everanimate_cli.hashes import hash_file
 from everanimate_cli.images import fit_frame, fit_size, read_image
 from everanimate_cli.joining import AudioSource
 from everanimate_cli.memory import chunk_noise, count_drawn_frames, draw_anchor_indices
+from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.preflight import default_pose_folder, unfit_size
+from everanimate_cli.prompt_cache import encode_prompts
 from everanimate_cli.rollout import Rollout
 from everanimate_cli.settings import (
     AnimateSettings,
@@ -33,10 +35,12 @@ from everanimate_cli.settings import (
 from everanimate_cli.video import VideoReader, as_rate
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from fractions import Fraction
 
+    import torch
     from numpy.typing import NDArray
+    from torch import Tensor
 
     from everanimate_cli.pipeline import AnimatePipeline
 
@@ -86,7 +90,7 @@ class Inputs:
 def choose_size(
     settings: ResolvedSettings,
     picture_u8: Frames,
-    source: weights.ModelSource,
+    source: ModelSource,
     multiple: int,
 ) -> tuple[int, int]:
     """(height, width) of the video."""
@@ -132,7 +136,7 @@ def _motion_of(settings: AnimateSettings) -> Sequence[tuple[str, Path]]:
 def extract_driving(
     settings: ResolvedSettings,
     media: Media,
-    source: weights.ModelSource,
+    source: ModelSource,
     size: tuple[int, int],
     face_size: int,
     on_event: OnEvent,
@@ -289,32 +293,66 @@ def draw_anchors(settings: ResolvedSettings, plan: ChunkPlan) -> list[int]:
     return draw_anchor_indices(settings.seed, plan.frames_per_chunk, num_drawn)
 
 
+def encode_texts(
+    settings: ResolvedSettings,
+    source: ModelSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    on_event: OnEvent,
+    *,
+    run_folder: Path | None = None,
+) -> dict[str, Tensor]:
+    """What the network sees of the prompts, before it is loaded itself.
+
+    Args:
+        settings: With the model's defaults.
+        source: The checkpoint.
+        device: Where the text encoder runs if a prompt is in no cache.
+        dtype: Of the networks.
+        on_event: Told when the text encoder is loaded.
+        run_folder: Keeps a copy, so that a run goes on with the same numbers whatever becomes of
+            the cache.
+
+    Returns:
+        [1, 512, text_dim] by text.
+    """
+    texts = [settings.prompt]
+    if settings.guidance_scale != 1:
+        texts.append(settings.negative_prompt)
+    folders = [cache_folder("prompts")]
+    if run_folder is not None:
+        folders.insert(0, run_folder)
+    return encode_prompts(
+        source, texts, device=device, dtype=dtype, folders=folders, on_event=on_event
+    )
+
+
 def build_rollout(
     settings: ResolvedSettings,
     pipeline: AnimatePipeline,
     inputs: Inputs,
     plan: ChunkPlan,
     anchors: Sequence[int],
+    prompts: Mapping[str, Tensor],
 ) -> Rollout:
     """The chunk loop of a video.
 
     Args:
         settings: With the model's defaults.
-        pipeline: The networks; the text encoder is given back once the prompt is encoded.
+        pipeline: The networks; no text encoder is needed.
         inputs: Opened for these settings.
         plan: The chunks.
         anchors: Frames of chunk 0 that become identity memory.
+        prompts: From `encode_texts`.
     """
 
     def read_driving(chunk_index: int) -> tuple[Frames, Frames]:
         indices = driving_indices(plan, chunk_index, len(inputs.pose), settings.extend)
         return inputs.pose.read(indices), inputs.face.read(indices)
 
-    prompt_embeds = pipeline.encode_prompt(settings.prompt)
     negative_prompt_embeds = None
     if settings.guidance_scale != 1:
-        negative_prompt_embeds = pipeline.encode_prompt(settings.negative_prompt)
-    pipeline.release_text_encoder()
+        negative_prompt_embeds = pipeline.take_prompt(prompts[settings.negative_prompt])
     rollout = Rollout(
         pipeline=pipeline,
         reference_u8=inputs.reference_u8,
@@ -323,7 +361,7 @@ def build_rollout(
         read_driving=read_driving,
         noise=lambda chunk_index: chunk_noise(settings.seed, chunk_index, rollout.noise_shape),
         anchor_frame_indices=anchors,
-        prompt_embeds=prompt_embeds,
+        prompt_embeds=pipeline.take_prompt(prompts[settings.prompt]),
         negative_prompt_embeds=negative_prompt_embeds,
         num_chunks=plan.num_chunks,
         frames_per_chunk=plan.frames_per_chunk,
@@ -334,5 +372,6 @@ def build_rollout(
         guidance_scale=settings.guidance_scale,
         memory=settings.memory,
         clip_image=settings.clip_image,
+        step_cache_threshold=settings.cache_threshold,
     )
     return rollout

@@ -22,14 +22,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from everanimate_cli.events import Note, OnEvent
-from everanimate_cli.frame_metrics import Outcome, Series, Track, Unavailable, Whole
+from everanimate_cli.feature_files import CLIP_FRAMES, distances, places_of
+from everanimate_cli.frame_metrics import Outcome, Series, Track, Unavailable
 from everanimate_cli.frechet import PairSums
 
 if TYPE_CHECKING:
     from everanimate_cli.eval_settings import Horizon
-    from everanimate_cli.frame_metrics import Frame, Moment
+    from everanimate_cli.feature_files import FeatureWriter
+    from everanimate_cli.frame_metrics import Backdrop, Frame, Moment
 
-CLIP_FRAMES: Final = 16  # of FVD, one clip after the other
+LPIPS_LEAST_PX: Final = 31  # below, AlexNet's second pooling has nothing to pool
 _BATCH: Final = 8  # frames that go through a network together
 
 # What loading a network of a package can end with: no package or a build of torchvision for another
@@ -148,8 +150,23 @@ def _to_tensor(frame_u8: Frame, device: torch.device) -> Tensor:
     return torch.from_numpy(frame_u8.copy()).permute(2, 0, 1)[None].to(device)
 
 
+def _distance(
+    network: Callable[[Tensor, Tensor], Tensor], pair: Sequence[Frame], device: torch.device
+) -> float:
+    """Of two frames [H, W, 3], as shares of white."""
+    with torch.no_grad():
+        return float(network(*(_to_tensor(frame, device).float() / 255 for frame in pair)))
+
+
+def _is_too_small(frame_u8: Frame) -> bool:
+    return bool(min(frame_u8.shape[:2]) < LPIPS_LEAST_PX)
+
+
+_TOO_SMALL: Final = f"needs frames of at least {LPIPS_LEAST_PX}x{LPIPS_LEAST_PX} pixels"
+
+
 class LpipsMeter:
-    """Perceptual distance of every so many frames."""
+    """Perceptual distance of every so many frames to the truth."""
 
     def __init__(
         self, network: Callable[[Tensor, Tensor], Tensor], device: torch.device, every: int
@@ -163,39 +180,81 @@ class LpipsMeter:
         """
         self._network, self._device, self._every = network, device, every
         self._series, self._num_frames = Series(), 0
+        self._is_too_small = False
 
     def add(self, moment: Moment) -> None:
         """Look at the next frame."""
         self._num_frames = moment.index + 1
-        if moment.truth_u8 is None or moment.index % self._every:
+        self._is_too_small = _is_too_small(moment.made_u8)
+        if moment.truth_u8 is None or moment.index % self._every or self._is_too_small:
             return
-        with torch.no_grad():
-            pair = [
-                _to_tensor(frame, self._device).float() / 255
-                for frame in (moment.made_u8, moment.truth_u8)
-            ]
-            self._series.put(moment.index, float(self._network(*pair)))
+        pair = (moment.made_u8, moment.truth_u8)
+        self._series.put(moment.index, _distance(self._network, pair, self._device))
 
     def outcomes(self) -> Mapping[str, Outcome]:
         """LPIPS."""
+        if self._is_too_small:
+            return {"lpips": Unavailable(_TOO_SMALL)}
         return {"lpips": Track(self._series.rows(self._num_frames))}
+
+
+class BackgroundLpipsMeter:
+    """Perceptual distance of what lies around the person to the start of the video.
+
+    The scene of the first frames is painted over the person, and over what was hidden then: both
+    pictures are alike there, and the distance is that of the rest, which is divided by its share
+    of the frame. Differs from a distance of cut-out pixels: features at the edge see both.
+    """
+
+    def __init__(
+        self,
+        network: Callable[[Tensor, Tensor], Tensor],
+        device: torch.device,
+        every: int,
+        backdrop: Backdrop,
+    ) -> None:
+        """Take a network as `LpipsMeter` does, and what knows the scene."""
+        self._network, self._device, self._every = network, device, every
+        self._backdrop, self._series = backdrop, Series()
+        self._is_too_small = False
+
+    def add(self, moment: Moment) -> None:
+        """Look at the next frame."""
+        seen = self._backdrop.seen_in(moment)
+        self._is_too_small = _is_too_small(moment.made_u8)
+        if seen is None or moment.index % self._every or self._is_too_small:
+            return
+        scene_u8 = np.rint(self._backdrop.scene).astype(np.uint8)
+        made_u8 = np.where(seen[..., None], moment.made_u8, scene_u8)
+        distance = _distance(self._network, (made_u8, scene_u8), self._device)
+        self._series.put(moment.index, distance / float(seen.mean()))
+
+    def outcomes(self) -> Mapping[str, Outcome]:
+        """LPIPS of the background."""
+        if self._is_too_small:
+            return {"background_lpips": Unavailable(_TOO_SMALL)}
+        if not len(self._series):
+            return {"background_lpips": self._backdrop.why_never_seen()}
+        return {"background_lpips": Track(self._series.rows(self._backdrop.num_frames))}
 
 
 class _SetMeter:
     """Features of sets: the whole video, and each stretch of time."""
 
     name: str
-    too_few: str
 
-    def __init__(self, horizons: Sequence[Horizon], fps: float) -> None:
+    def __init__(
+        self, horizons: Sequence[Horizon], fps: float, log: FeatureWriter | None = None
+    ) -> None:
         self._horizons, self._fps = horizons, fps
-        self._sums = PairSums()
+        self._sums, self._log = PairSums(), log
 
-    def _take(self, index: int, made: NDArray[np.float64], truth: NDArray[np.float64]) -> None:
+    def _take(self, index: int, made: NDArray[np.float32], truth: NDArray[np.float32]) -> None:
         """Add features [D] of what begins at a frame."""
-        time_s = index / self._fps
-        where = tuple(i for i, horizon in enumerate(self._horizons) if horizon.holds(time_s))
+        where = places_of(index / self._fps, self._horizons)
         self._sums.add(where, made[None], truth[None])
+        if self._log is not None:
+            self._log.add(made, truth)
 
     def _flush(self) -> None:
         """Look at what waits."""
@@ -203,18 +262,13 @@ class _SetMeter:
     def outcomes(self) -> Mapping[str, Outcome]:
         """The distance."""
         self._flush()
-        overall = self._sums.distance()
-        if overall is None:
-            return {self.name: Unavailable(self.too_few)}
-        horizons = tuple(self._sums.distance(index) for index in range(len(self._horizons)))
-        return {self.name: Whole(overall, horizons, self._sums)}
+        return {self.name: distances(self.name, self._sums, len(self._horizons))}
 
 
 class FidMeter(_SetMeter):
     """Frechet distance of the frames' features to those of the truth."""
 
     name = "fid"
-    too_few = "needs two frames or more"
 
     def __init__(
         self,
@@ -222,9 +276,10 @@ class FidMeter(_SetMeter):
         device: torch.device,
         horizons: Sequence[Horizon],
         fps: float,
+        log: FeatureWriter | None = None,
     ) -> None:
         """Take a network that turns pictures [B, 3, H, W] uint8 into features [B, D]."""
-        super().__init__(horizons, fps)
+        super().__init__(horizons, fps, log)
         self._network, self._device = network, device
         self._waiting: list[Moment] = []
 
@@ -243,7 +298,7 @@ class FidMeter(_SetMeter):
         pictures += [moment.truth_u8 for moment in waiting if moment.truth_u8 is not None]
         with torch.no_grad():
             batch = torch.cat([_to_tensor(picture, self._device) for picture in pictures])
-            features = self._network(batch).double().cpu().numpy()
+            features = self._network(batch).float().cpu().numpy()
         half = len(waiting)
         for moment, made, truth in zip(waiting, features[:half], features[half:], strict=True):
             self._take(moment.index, made, truth)
@@ -253,16 +308,16 @@ class FvdMeter(_SetMeter):
     """Frechet distance of the features of clips, one after the other, to those of the truth."""
 
     name = "fvd"
-    too_few = f"needs two clips of {CLIP_FRAMES} frames or more"
 
     def __init__(
         self,
         network: Callable[[NDArray[np.uint8]], Tensor],
         horizons: Sequence[Horizon],
         fps: float,
+        log: FeatureWriter | None = None,
     ) -> None:
         """Take a network that turns clips [B, 16, H, W, 3] uint8 into features [B, D]."""
-        super().__init__(horizons, fps)
+        super().__init__(horizons, fps, log)
         self._network = network
         self._clip: list[Moment] = []
 
@@ -277,5 +332,5 @@ class FvdMeter(_SetMeter):
         made = np.stack([each.made_u8 for each in clip])
         truth = np.stack([each.truth_u8 for each in clip if each.truth_u8 is not None])
         with torch.no_grad():
-            features = self._network(np.stack([made, truth])).double().cpu().numpy()
+            features = self._network(np.stack([made, truth])).float().cpu().numpy()
         self._take(clip[0].index, features[0], features[1])

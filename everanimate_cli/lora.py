@@ -1,17 +1,19 @@
 """LoRA files: recognise their key names, check them against a network, add them to its weights.
 
-Everything but `load_lora` and `fuse_lora` works on names and shapes and imports neither torch nor
-numpy, so that a file that does not fit is refused before the first heavy import.
+Everything but `load_lora` and `fuse_loras` works on headers and imports neither torch nor numpy, so
+that a file that does not fit is refused before the first heavy import.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from everanimate_cli.errors import WeightsError
-from everanimate_cli.safetensors_header import read_tensor_shapes
+from everanimate_cli.lora_config import LoraConfig, read_lora_config
+from everanimate_cli.safetensors_header import read_metadata, read_number, read_tensor_shapes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -72,6 +74,13 @@ _KEY = re.compile(
     r"((?P<matrix>lora_A|lora_down|lora_B|lora_up)(\.(?P<adapter>[^.]+))?\.weight"
     r"|(?P<whole>alpha|diff|diff_b|diff_m))"
 )
+# Ends of keys of other kinds of adapters, which are not sums of weight and product.
+_OTHER_KINDS = {
+    "DoRA": re.compile(r".+\.(lora_magnitude_vector(\.[^.]+)?(\.weight)?|dora_scale)"),
+    "LoHa": re.compile(r".+\.hada_(w[12]_[ab]|t[12])(\.[^.]+)?"),
+    "LoKr": re.compile(r".+\.lokr_(w[12](_[ab])?|t2)(\.[^.]+)?"),
+    "OFT": re.compile(r".+\.(oft_blocks|oft_[rR](\.[^.]+)?(\.weight)?)"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,13 +90,50 @@ class LoraUpdate:
     Attributes:
         parameter: diffusers name of the parameter.
         keys: Names in the file: (down, up), whose product up @ down is added, or (difference,).
-        alpha_key: Name in the file of the alpha that scales the product by alpha / rank; None
-            where it counts as it is.
+        strength: Factor on it, such as alpha / rank.
+        alpha: That this comes from; None where the product counts as it is.
     """
 
     parameter: str
     keys: tuple[str, ...]
-    alpha_key: str | None = None
+    strength: float = 1.0
+    alpha: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraDescription:
+    """What a LoRA file says of itself.
+
+    Attributes:
+        naming: How its keys are called.
+        num_parameters: Of the network that it changes.
+        ranks: That its matrices have, rising; none where it holds whole differences only.
+        alphas: By which their products are scaled; empty where they count as they are.
+        base: The model that it was trained on; None where it is not told, as the next two.
+        stage: Of EverAnimate's training.
+        step: Steps that it was trained for.
+    """
+
+    naming: str
+    num_parameters: int
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+    base: str | None = None
+    stage: str | None = None
+    step: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """What is known, as JSON values; a list where there are several."""
+        told = {
+            "rank": _one_or_all(self.ranks),
+            "alpha": _one_or_all(self.alphas),
+            "naming": self.naming,
+            "layers": self.num_parameters,
+            "base": self.base,
+            "stage": self.stage,
+            "step": self.step,
+        }
+        return {name: value for name, value in told.items() if value is not None}
 
 
 def plan_lora(path: Path, network_shapes: Shapes) -> list[LoraUpdate]:
@@ -97,7 +143,8 @@ def plan_lora(path: Path, network_shapes: Shapes) -> list[LoraUpdate]:
     without a prefix (`diffusion_model.`, `transformer.`, `base_model.model.`, `pipe.dit.`);
     `lora_A`/`lora_B` with or without an adapter name (`.default.`), or `lora_down`/`lora_up`;
     kohya's `lora_unet_` with underscores for dots. diffusers' own loader passes over the released
-    naming in silence, so that nothing is loaded.
+    naming in silence, so that nothing is loaded. Alpha comes from the file's own tensors, from its
+    header as diffusers writes it, or from `adapter_config.json` beside it as PEFT does.
 
     Args:
         path: The LoRA file.
@@ -108,13 +155,15 @@ def plan_lora(path: Path, network_shapes: Shapes) -> list[LoraUpdate]:
         One update per parameter; together they use every key of the file.
 
     Raises:
-        WeightsError: If the file cannot be read, or a key is unknown, unpaired or of the wrong
-            shape; names the first keys and how many there are.
+        WeightsError: If the file cannot be read, is another kind of adapter, or a key is unknown,
+            unpaired or of the wrong shape; names the first keys and how many there are.
 
     Source: method page section 6; parity files `lora_keys.json`, `lora_checkpoint.safetensors`.
     """
     shapes = read_tensor_shapes(path)
-    updates, unknown = _match_keys(shapes, network_shapes)
+    _refuse_other_kinds(path, shapes)
+    config = read_lora_config(path)
+    updates, unknown = _match_keys(path, shapes, network_shapes, config)
     if unknown or not updates:
         raise WeightsError(
             f"LoRA {path}: {len(unknown)} of its {len(shapes)} keys have no place in the network "
@@ -133,6 +182,33 @@ def plan_lora(path: Path, network_shapes: Shapes) -> list[LoraUpdate]:
     return updates
 
 
+def describe_lora(path: Path, network_shapes: Shapes) -> LoraDescription:
+    """What a LoRA file is, from its header.
+
+    Args:
+        path: The LoRA file.
+        network_shapes: As in `plan_lora`.
+
+    Raises:
+        WeightsError: As `plan_lora`.
+    """
+    updates = plan_lora(path, network_shapes)
+    shapes, told = read_tensor_shapes(path), read_metadata(path)
+    config = read_lora_config(path)
+    base = None if config is None else config.base
+    products = [update for update in updates if len(update.keys) > 1]
+    modules = _modules_by_alias(network_shapes)
+    return LoraDescription(
+        naming=_name_naming([_split_key(key, modules) for key in shapes]),
+        num_parameters=len(updates),
+        ranks=tuple(sorted({shapes[update.keys[0]][0] for update in products})),
+        alphas=tuple(sorted({each.alpha for each in products if each.alpha is not None})),
+        base=told.get("base") or told.get("ss_base_model_version") or base,
+        stage=told.get("stage"),
+        step=told.get("step") or told.get("ss_steps"),
+    )
+
+
 def load_lora(path: Path, network_shapes: Shapes) -> "dict[str, Tensor]":
     """Load a LoRA file under diffusers names, to train it further.
 
@@ -142,7 +218,7 @@ def load_lora(path: Path, network_shapes: Shapes) -> "dict[str, Tensor]":
 
     Returns:
         `<module>.lora_A.weight` [rank, in] and `<module>.lora_B.weight` [out, rank], which
-        `load_lora_adapter(..., prefix=None)` of diffusers takes; an alpha in the file is
+        `load_lora_adapter(..., prefix=None)` of diffusers takes; the strength of the product is
         multiplied into `lora_B`.
 
     Raises:
@@ -162,23 +238,21 @@ def load_lora(path: Path, network_shapes: Shapes) -> "dict[str, Tensor]":
     converted = {}
     for update in updates:
         down, up = (tensors[key] for key in update.keys)
-        if update.alpha_key is not None:
-            up = up * (tensors[update.alpha_key].item() / down.shape[0])
         module = update.parameter.removesuffix(".weight")
         converted[f"{module}.lora_A.weight"] = down
-        converted[f"{module}.lora_B.weight"] = up
+        converted[f"{module}.lora_B.weight"] = up if update.strength == 1 else update.strength * up
     return converted
 
 
-def fuse_lora(network: "nn.Module", path: Path, *, scale: float = 1.0) -> int:
-    """Add a LoRA to the weights of a network: W + scale * B @ A, once and for all.
+def fuse_loras(network: "nn.Module", loras: Sequence[tuple[Path, float]]) -> int:
+    """Add LoRAs to the weights of a network: W + sum of scale * B @ A, once and for all.
 
-    The sum is formed in float32 and then rounded to the dtype of the weight.
+    The sum is formed in float32 and rounded once to the dtype of the weight, so that the order of
+    two LoRAs does not matter.
 
     Args:
         network: A network without adapters; changed in place.
-        path: The LoRA file.
-        scale: Strength; 1 is what the LoRA was trained for. Not divided by the rank.
+        loras: Files with their scales; 1 is what a LoRA was trained for, whatever its rank.
 
     Returns:
         Number of parameters changed.
@@ -190,24 +264,71 @@ def fuse_lora(network: "nn.Module", path: Path, *, scale: float = 1.0) -> int:
     """
     parameters = dict(network.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    updates = plan_lora(path, shapes)
-    # Late, so that checks of names and shapes stay cheap.
-    from safetensors import safe_open  # noqa: PLC0415
+    found = plan_loras(loras, shapes)
+    with LoraFiles(loras) as files:
+        for name, shares in found.items():
+            weight = parameters[name].data
+            delta = sum(files.delta(share, weight) for share in shares)
+            weight.copy_(weight.float() + delta)
+    return len(found)
 
-    with safe_open(path, framework="pt") as file:
-        for update in updates:
-            weight = parameters[update.parameter].data
-            tensors = [file.get_tensor(key).to(weight.device).float() for key in update.keys]
-            strength = scale
-            if update.alpha_key is not None:
-                strength *= file.get_tensor(update.alpha_key).item() / tensors[0].shape[0]
-            if len(tensors) == 1:
-                delta = tensors[0]
-            else:
-                down, up = tensors
-                delta = up.flatten(1) @ down.flatten(1)  # convolutions come as [rank, in, 1, 2, 2]
-            weight.copy_(weight.float() + strength * delta.view(weight.shape))
-    return len(updates)
+
+class LoraShare(NamedTuple):
+    """What one of several LoRAs adds to a parameter.
+
+    Attributes:
+        lora: Its number, from 0.
+        update: From its file.
+        factor: On the product or difference: the file's strength times the scale asked for.
+    """
+
+    lora: int
+    update: LoraUpdate
+    factor: float
+
+
+def plan_loras(
+    loras: Sequence[tuple[Path, float]], network_shapes: Shapes
+) -> dict[str, list[LoraShare]]:
+    """What several LoRAs add, by parameter of the network.
+
+    Raises:
+        WeightsError: As `plan_lora`.
+    """
+    found: dict[str, list[LoraShare]] = {}
+    for number, (path, scale) in enumerate(loras):
+        for update in plan_lora(path, network_shapes):
+            share = LoraShare(number, update, scale * update.strength)
+            found.setdefault(update.parameter, []).append(share)
+    return found
+
+
+class LoraFiles(ExitStack):
+    """Open LoRA files, whose tensors are read one by one."""
+
+    def __init__(self, loras: Sequence[tuple[Path, float]]) -> None:
+        """Open them.
+
+        Args:
+            loras: As in `fuse_loras`; the scales do not matter.
+        """
+        super().__init__()
+        from safetensors import safe_open  # noqa: PLC0415  # late, as in `load_lora`
+
+        self._files = [self.enter_context(safe_open(path, framework="pt")) for path, _ in loras]
+
+    def read(self, share: LoraShare) -> "list[Tensor]":
+        """The tensors of an update, as they are stored."""
+        return [self._files[share.lora].get_tensor(key) for key in share.update.keys]
+
+    def delta(self, share: LoraShare, weight: "Tensor") -> "Tensor":
+        """What is added to a weight, in float32 on its device."""
+        tensors = [tensor.to(weight.device).float() for tensor in self.read(share)]
+        if len(tensors) == 1:
+            return share.factor * tensors[0].view(weight.shape)
+        down, up = tensors
+        # Convolutions come as [rank, in, 1, 2, 2].
+        return share.factor * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
 
 
 def released_key(diffusers_key: str) -> str:
@@ -223,29 +344,68 @@ def released_key(diffusers_key: str) -> str:
     return f"{_original_name(module)}.{matrix}.default.weight"
 
 
-def _match_keys(shapes: Shapes, network_shapes: Shapes) -> tuple[list[LoraUpdate], list[str]]:
+def _refuse_other_kinds(path: Path, shapes: Shapes) -> None:
+    for kind, pattern in _OTHER_KINDS.items():
+        foreign = [key for key in shapes if pattern.fullmatch(key)]
+        if foreign:
+            raise WeightsError(
+                f"LoRA {path} is a {kind} ({len(foreign)} keys such as {foreign[0]}), which is "
+                "more than a product that can be added. Give a plain LoRA."
+            )
+
+
+class _Key(NamedTuple):
+    """A key of a file in its parts.
+
+    Attributes:
+        role: None if the key has no place in the network.
+        module: In diffusers.
+        written: What stands for `module` in the file, without prefix, as far as it is known.
+        prefix: Before it.
+        matrix: Such as `lora_A.default`; empty for others than matrices.
+        has_adapter_name: As in the released naming.
+    """
+
+    role: _Role | None = None
+    module: str = ""
+    written: str = ""
+    prefix: str = ""
+    matrix: str = ""
+    has_adapter_name: bool = False
+
+
+def _match_keys(
+    path: Path, shapes: Shapes, network_shapes: Shapes, config: LoraConfig | None
+) -> tuple[list[LoraUpdate], list[str]]:
     """What the keys of a file add to which parameters, and the keys that have no place."""
     modules = _modules_by_alias(network_shapes)
     keys_of_module: dict[str, dict[_Role, str]] = {}
     unknown: list[str] = []
-    with_adapter_name: set[str] = set()
+    written: dict[str, _Key] = {}
     for key in shapes:
-        role, module, adapter = _split_key(key, modules)
-        if role is None or role in keys_of_module.setdefault(module, {}):
+        parts = _split_key(key, modules)
+        if parts.role is None or parts.role in keys_of_module.setdefault(parts.module, {}):
             unknown.append(key)
             continue
-        keys_of_module[module][role] = key
-        if adapter:
-            with_adapter_name.add(module)
+        keys_of_module[parts.module][parts.role] = key
+        if parts.matrix:
+            written[parts.module] = parts
 
     candidates: list[LoraUpdate] = []
     for module, keys in keys_of_module.items():
         if "down" in keys and "up" in keys:
-            # The released loader adds B @ A as it is, whatever an alpha in the file says.
-            alpha_key = None if module in with_adapter_name else keys.get("alpha")
             pair = (keys["down"], keys["up"])
+            rank = shapes[pair[0]][0] if shapes[pair[0]] else 0
+            strength, alpha = 1.0, None
+            # The released loader adds B @ A as it is, whatever an alpha in the file says.
+            if "alpha" in keys and not written[module].has_adapter_name:
+                alpha = read_number(path, keys["alpha"])
+                strength = alpha / max(rank, 1)
+            elif config is not None:
+                alpha = config.alpha_of(written[module].written)
+                strength = config.strength(written[module].written, max(rank, 1))
             candidates.append(
-                LoraUpdate(parameter=f"{module}.weight", keys=pair, alpha_key=alpha_key)
+                LoraUpdate(parameter=f"{module}.weight", keys=pair, strength=strength, alpha=alpha)
             )
         else:
             unknown += [keys[role] for role in _LOW_RANK_ROLES if role in keys]
@@ -257,17 +417,49 @@ def _match_keys(shapes: Shapes, network_shapes: Shapes) -> tuple[list[LoraUpdate
     return updates, unknown
 
 
-def _split_key(key: str, modules: Mapping[str, str]) -> tuple[_Role | None, str, str | None]:
-    """Role of a key (None if unknown), name of its module in diffusers, adapter name."""
+def _split_key(key: str, modules: Mapping[str, str]) -> _Key:
+    """The parts of a key."""
     match = _KEY.fullmatch(key)
     if match is None:
-        return None, "", None
-    alias = match["module"].replace(".", "_")
-    while (bare := _PREFIX.sub("", alias)) != alias:
-        alias = bare
-    if alias not in modules:
-        return None, "", None
-    return _ROLES[match["matrix"] or match["whole"]], modules[alias], match["adapter"]
+        return _Key()
+    bare = alias = match["module"].replace(".", "_")
+    while (shorter := _PREFIX.sub("", bare)) != bare:
+        bare = shorter
+    if bare not in modules:
+        return _Key()
+    # Dots and underscores count one each.
+    cut = len(alias) - len(bare)
+    adapter = match["adapter"]
+    return _Key(
+        role=_ROLES[match["matrix"] or match["whole"]],
+        module=modules[bare],
+        written=match["module"][cut:],
+        prefix=match["module"][:cut],
+        matrix=".".join(part for part in (match["matrix"], adapter) if part),
+        has_adapter_name=bool(adapter),
+    )
+
+
+def _name_naming(keys: Sequence[_Key]) -> str:
+    """Such as "Wan names after diffusion_model., lora_down and lora_up"."""
+    kinds = {
+        "diffusers" if each.written.replace(".", "_") == each.module.replace(".", "_") else "Wan"
+        for each in keys
+        # A name that both write alike tells nothing.
+        if each.module != _original_name(each.module)
+    }
+    names = " and ".join(sorted(kinds)) or "diffusers"
+    prefixes = sorted({each.prefix for each in keys if each.prefix})
+    after = f" after {' and '.join(prefixes)}" if prefixes else ""
+    matrices = sorted({each.matrix for each in keys if each.matrix})
+    wholes = sorted({each.role for each in keys if each.role in _WHOLE_ROLES})
+    return f"{names} names{after}, {' and '.join([*matrices, *map(str, wholes)])}"
+
+
+def _one_or_all(values: Sequence[float]) -> Any:
+    """A single value as it is, several as a list, none as None; whole numbers without a point."""
+    numbers = [int(value) if value == int(value) else value for value in values]
+    return numbers if len(numbers) > 1 else next(iter(numbers), None)
 
 
 def _modules_by_alias(network_shapes: Shapes) -> dict[str, str]:

@@ -147,7 +147,8 @@ def shard_network(
     # What leaves a block is a view sometimes; nothing changes it in place.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
-    policy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    pinned = device.type == "cuda"
+    policy = CPUOffloadPolicy(pin_memory=pinned) if offload else OffloadPolicy()
     for module in (*network.blocks, *network.face_adapter):
         # Put together anew in the backward pass: after a validation no part may stay whole.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, offload_policy=policy)

@@ -95,6 +95,14 @@ METRICS: Final[Mapping[str, Metric]] = {
         needs=("--driving",),
         digits=2,
     ),
+    "background_lpips": Metric(
+        about="perceptual distance (AlexNet) of what lies around the person to the start of the "
+        "video, over its share of the frame",
+        better="lower",
+        group="drift",
+        needs=("--driving",),
+        digits=4,
+    ),
     "colour_drift": Metric(
         about="shift of the mean colour in CIELAB since the start",
         unit="dE",

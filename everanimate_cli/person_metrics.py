@@ -8,12 +8,17 @@ model that saw the driving video, and compared with what it saw there.
 from __future__ import annotations
 
 import json
+import math
 import zipfile
-from collections.abc import Mapping, Sequence
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
+from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from everanimate_cli import pose_models
@@ -37,6 +42,7 @@ if TYPE_CHECKING:
 Points = NDArray[np.float64]
 
 # COCO rows: the body without its feet.
+_NUM_KEYPOINTS = 133  # of the whole body
 BODY_ROWS: Final = slice(0, 17)
 _SHOULDERS, _HIPS = [5, 6], [11, 12]
 _SEEN: Final = 0.5  # score on the calibrated scale
@@ -221,22 +227,56 @@ def read_driving_pose(
         return None
     record = read_driving_record(folder)
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            keypoints = arrays["keypoints"]
+        num_keypoints = _count_keypoints(path)
         place = _placement(record, size, fit)
-        fps = float(record["fps"])
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        step = 1 / as_rate(float(record["fps"]))
+        timeline = Timeline(times=np.arange(num_keypoints), end=num_keypoints, time_base=step)
+        num_frames = timeline.count_frames(rate, start_s)
+        nearest = timeline.nearest_frames(rate, num_frames, start_s)
+        rows_of: defaultdict[int, list[int]] = defaultdict(list)
+        for row, index in enumerate(indices):
+            if index < num_frames:
+                rows_of[int(nearest[index])].append(row)
+        points = np.full((len(indices), 17, 3), np.nan)
+        for number, keypoints in _each_keypoints(path):
+            if number in rows_of and np.isfinite(keypoints).all():
+                points[rows_of[number]] = place(keypoints.astype(np.float64))[BODY_ROWS]
+    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"--driving {folder} is damaged ({error}). Extract it again.") from error
-    timeline = Timeline(
-        times=np.arange(len(keypoints)), end=len(keypoints), time_base=1 / as_rate(fps)
-    )
-    num_frames = timeline.count_frames(rate, start_s)
-    nearest = timeline.nearest_frames(rate, num_frames, start_s)
-    points = np.full((len(indices), 17, 3), np.nan)
-    for row, index in enumerate(indices):
-        if index < num_frames and np.isfinite(keypoints[nearest[index]]).all():
-            points[row] = place(keypoints[nearest[index]].astype(np.float64))[BODY_ROWS]
     return DrivingPose(points=points, torso_px=_torso(points))
+
+
+@contextmanager
+def _open_keypoints(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
+    """The array of a `keypoints.npz` as a stream: its content, shape and type.
+
+    Raises:
+        ValueError: If it is no such array.
+    """
+    with zipfile.ZipFile(path) as archive, archive.open("keypoints.npy") as file:
+        if npy.read_magic(file) != (1, 0):
+            raise ValueError(f"{path.name} holds an array of another version")
+        shape, is_fortran, dtype = npy.read_array_header_1_0(file)
+        if is_fortran or dtype.hasobject or shape[1:] != (_NUM_KEYPOINTS, 3):
+            raise ValueError(f"{path.name} holds keypoints {dtype} {shape}")
+        yield file, shape, dtype
+
+
+def _count_keypoints(path: Path) -> int:
+    with _open_keypoints(path) as (_, shape, _):
+        return shape[0]
+
+
+def _each_keypoints(path: Path) -> Iterator[tuple[int, NDArray[np.floating[Any]]]]:
+    """Number and keypoints [133, 3] of each frame, one after the other: an hour is 140 MB.
+
+    Raises:
+        ValueError: If the file ends too early.
+    """
+    with _open_keypoints(path) as (file, shape, dtype):
+        num_bytes = math.prod(shape[1:]) * dtype.itemsize
+        for number in range(shape[0]):
+            yield number, np.frombuffer(file.read(num_bytes), dtype).reshape(shape[1:])
 
 
 def _placement(

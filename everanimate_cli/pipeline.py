@@ -7,6 +7,7 @@ as float pixels in [-1, 1].
 
 from __future__ import annotations
 
+import copy
 import platform
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +21,14 @@ import torch
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 
+from everanimate_cli.acceleration import use_channels_last
 from everanimate_cli.clip_image import clip_pixel_values
 from everanimate_cli.memory import from_uint8
 from everanimate_cli.schedule import euler_step, model_timestep
-from everanimate_cli.transformer import NUM_TEXT_TOKENS, EverAnimateTransformer3DModel
+from everanimate_cli.transformer import NUM_TEXT_TOKENS, EverAnimateTransformer3DModel, Shared
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from diffusers import AutoencoderKLWan
     from numpy.typing import NDArray
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
         PreTrainedTokenizerFast,
         UMT5EncoderModel,
     )
+
+    from everanimate_cli.offloading import Rota
+    from everanimate_cli.step_cache import StepCache
 
 
 _MIB = 2**20
@@ -76,6 +81,9 @@ class AnimatePipeline:
         image_encoder: CLIP vision model.
         image_processor: CLIP's own preprocessing, used with pixel memory only.
         device: Where latents and all other results are.
+        rota: Who brings a network to the device when it is needed; None where all are there.
+        tile_decoding: Whether frames are decoded in tiles. Encoding never is: anchors and poses are
+            encoded whole, as in training.
     """
 
     transformer: EverAnimateTransformer3DModel
@@ -85,13 +93,19 @@ class AnimatePipeline:
     image_encoder: CLIPVisionModel
     image_processor: CLIPImageProcessor | None
     device: torch.device
+    rota: Rota | None = None
+    tile_decoding: bool = False
 
     def __post_init__(self) -> None:
         """Make networks take the faster of two ways whose results differ by rounding only."""
         if self.transformer.dtype == torch.float32:
             self.transformer.merge_padding()
         if self.device.type == "cpu":
-            _convolve_with_onednn(self.vae)
+            if _has_fast_onednn():
+                _convolve_with_onednn(self.vae)
+                use_channels_last(self.vae)
+        elif self.device.type == "cuda":
+            use_channels_last(self.vae)
 
     @property
     def latent_channels(self) -> int:
@@ -113,7 +127,11 @@ class AnimatePipeline:
         """Side of the face crops, pixels."""
         return int(self.transformer.config.motion_encoder_size)
 
-    @torch.no_grad()
+    @property
+    def may_overlap(self) -> bool:
+        """Whether two networks can compute at once; those that share the card cannot."""
+        return self.rota is None
+
     def encode_prompt(self, prompt: str) -> Tensor:
         """Text tokens of a prompt, zeros after the last.
 
@@ -124,18 +142,17 @@ class AnimatePipeline:
         """
         assert self.text_encoder is not None, "the text encoder was released"
         assert self.tokenizer is not None
-        tokens = self.tokenizer(
-            prompt_clean(prompt),
-            padding="max_length",
-            max_length=NUM_TEXT_TOKENS,
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        ).to(self.text_encoder.device)
-        seen = self.text_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])
-        embeds = seen.last_hidden_state.to(self.device, self.transformer.dtype)
-        is_padding = tokens["attention_mask"].to(self.device) == 0
-        return embeds.masked_fill(is_padding[..., None], 0)
+        embeds = encode_text(self.text_encoder, self.tokenizer, prompt)
+        return self.take_prompt(embeds)
+
+    def take_prompt(self, prompt_embeds: Tensor) -> Tensor:
+        """Text tokens [1, 512, text_dim] from elsewhere, as the network takes them."""
+        return prompt_embeds.to(self.device, self.transformer.dtype)
+
+    def _need(self, name: str) -> None:
+        """To be called before a network is used."""
+        if self.rota is not None:
+            self.rota.bring(name)
 
     def release_text_encoder(self) -> None:
         """Give the text encoder's memory back; prompts are encoded once per run."""
@@ -175,6 +192,7 @@ class AnimatePipeline:
         return self._clip_tokens(values)
 
     def _clip_tokens(self, pixel_values: Tensor) -> Tensor:
+        self._need("image_encoder")
         encoder = self.image_encoder
         seen = encoder(pixel_values.to(encoder.device, encoder.dtype), output_hidden_states=True)
         return seen.hidden_states[-2].to(self.device, self.transformer.dtype)
@@ -189,10 +207,11 @@ class AnimatePipeline:
         Returns:
             [B, C, n+1, h, w] normalised, float32.
         """
+        self._need("vae")
         posterior = self.vae.encode(pixels.to(self.device, self.vae.dtype)).latent_dist
         latents = posterior.mode().float()
         mean, inverse_std = self._latent_statistics()
-        return (latents - mean) * inverse_std
+        return ((latents - mean) * inverse_std).contiguous()
 
     def encode_pictures(self, frames_u8: NDArray[np.uint8]) -> Tensor:
         """VAE codes of pictures, each encoded alone.
@@ -218,7 +237,12 @@ class AnimatePipeline:
         """
         mean, inverse_std = self._latent_statistics()
         latents = latents.to(self.device, torch.float32) / inverse_std + mean
-        return self.vae.decode(latents.to(self.vae.dtype)).sample[0].float()
+        # A view of the same weights with states of its own: another thread may encode meanwhile,
+        # and either would forget the frames that the other goes on from.
+        self._need("vae")
+        vae = copy.copy(self.vae)
+        vae.use_tiling = self.tile_decoding
+        return vae.decode(latents.to(vae.dtype)).sample[0].float()
 
     def _latent_statistics(self) -> tuple[Tensor, Tensor]:
         """Mean and inverse deviation [1, C, 1, 1, 1] of the VAE's latents, float32."""
@@ -230,12 +254,22 @@ class AnimatePipeline:
     @torch.no_grad()
     def embed_pose(self, pose_u8: NDArray[np.uint8]) -> Tensor:
         """Patch embedding of a chunk's pose pictures [F, H, W, 3], for all its steps."""
-        return self.transformer.embed_pose(self.encode_video(from_uint8(pose_u8)))
+        pose_latents = self.encode_video(from_uint8(self._upload(pose_u8)))
+        self._need("transformer")
+        return self.transformer.embed_pose(pose_latents)
 
     @torch.no_grad()
     def embed_face(self, face_u8: NDArray[np.uint8]) -> Tensor:
         """Face tokens of a chunk's face crops [F, Hf, Wf, 3], for all its steps."""
-        return self.transformer.embed_face(from_uint8(face_u8))
+        self._need("transformer")
+        return self.transformer.embed_face(from_uint8(self._upload(face_u8)))
+
+    def _upload(self, frames_u8: NDArray[np.uint8]) -> Tensor:
+        """Frames on the device, in 8 bits: a quarter of what they become there."""
+        frames = torch.from_numpy(frames_u8)
+        if self.device.type != "cuda":
+            return frames.to(self.device)
+        return frames.pin_memory().to(self.device, non_blocking=True)
 
     def embed_blank_face(self, num_frames: int) -> Tensor:
         """Face tokens of a black face video: what guidance steers away from."""
@@ -249,6 +283,7 @@ class AnimatePipeline:
         *,
         guidance_scale: float = 1.0,
         as_stock: bool = False,
+        step_caches: Sequence[StepCache] = (),
     ) -> Iterator[Tensor]:
         """Walk from noise to clean latents, all slots alike, one Euler step at a time.
 
@@ -258,6 +293,7 @@ class AnimatePipeline:
             conditioning: Of this chunk.
             guidance_scale: Above 1 the network also runs with the negative prompt and black faces.
             as_stock: Feed timesteps unrounded, as diffusers' pipeline does.
+            step_caches: New ones, one for each run of the network in a step; none computes all.
 
         Yields:
             [1, C, L, h, w] float32 after each step; the last one is clean.
@@ -266,21 +302,29 @@ class AnimatePipeline:
         """
         latents = noise.to(self.device, torch.float32)
         network_dtype = self.transformer.dtype  # which diffusers searches all parameters for
+        num_branches = 1 if guidance_scale == 1 else 2
+        branches = [Shared(step_cache=cache) for cache in step_caches or (None,) * num_branches]
         for sigma, next_sigma in pairwise(sigmas):
             timestep = model_timestep(sigma[None], network_dtype, as_stock=as_stock)
-            velocity = self._velocity(latents, timestep, conditioning, guidance_scale)
+            velocity = self._velocity(latents, timestep, conditioning, guidance_scale, branches)
             latents = euler_step(latents, velocity, sigma, next_sigma)
             yield latents
 
     # Not on `denoise`: between two steps of a generator its caller's code runs.
     @torch.no_grad()
     def _velocity(
-        self, latents: Tensor, timestep: Tensor, given: Conditioning, guidance_scale: float
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        given: Conditioning,
+        guidance_scale: float,
+        branches: Sequence[Shared],
     ) -> Tensor:
         """Velocity [1, C, L, h, w] of one step, float32."""
+        self._need("transformer")
         network_input = torch.cat([latents, given.condition], dim=1)
 
-        def run(prompt_embeds: Tensor, face_tokens: Tensor) -> Tensor:
+        def run(prompt_embeds: Tensor, face_tokens: Tensor, shared: Shared) -> Tensor:
             return self.transformer(
                 network_input,
                 timestep,
@@ -288,15 +332,37 @@ class AnimatePipeline:
                 given.clip_embeds,
                 given.pose_embeds,
                 face_tokens,
+                shared,
             ).float()
 
-        velocity = run(given.prompt_embeds, given.face_tokens)
+        velocity = run(given.prompt_embeds, given.face_tokens, branches[0])
         if guidance_scale == 1:
             return velocity
         assert given.negative_prompt_embeds is not None
         assert given.blank_face_tokens is not None
-        unguided = run(given.negative_prompt_embeds, given.blank_face_tokens)
+        unguided = run(given.negative_prompt_embeds, given.blank_face_tokens, branches[1])
         return unguided + guidance_scale * (velocity - unguided)
+
+
+@torch.no_grad()
+def encode_text(
+    text_encoder: UMT5EncoderModel, tokenizer: PreTrainedTokenizerFast, prompt: str
+) -> Tensor:
+    """Text tokens of a prompt [1, 512, text_dim], zeros after the last, as the encoder gives them.
+
+    Source: method page section 2, "Text and CLIP".
+    """
+    tokens = tokenizer(
+        prompt_clean(prompt),
+        padding="max_length",
+        max_length=NUM_TEXT_TOKENS,
+        truncation=True,
+        return_attention_mask=True,
+        return_tensors="pt",
+    ).to(text_encoder.device)
+    seen = text_encoder(tokens["input_ids"], attention_mask=tokens["attention_mask"])
+    is_padding = tokens["attention_mask"] == 0
+    return seen.last_hidden_state.masked_fill(is_padding[..., None], 0)
 
 
 def peak_memory_mib(device: torch.device) -> float | None:
@@ -311,6 +377,11 @@ def peak_memory_mib(device: torch.device) -> float | None:
     return peak / (_MIB if platform.system() == "Darwin" else 1024)
 
 
+def _has_fast_onednn() -> bool:
+    """Elsewhere than on x86, oneDNN has no fast convolution of videos."""
+    return torch.backends.mkldnn.is_available() and platform.machine() in {"x86_64", "AMD64"}
+
+
 def _convolve_with_onednn(vae: AutoencoderKLWan) -> None:
     """Leave all 3D convolutions on the CPU to oneDNN.
 
@@ -318,9 +389,6 @@ def _convolve_with_onednn(vae: AutoencoderKLWan) -> None:
     20480, which is most layers at 128 pixels and hardly one at 64. What it does with smaller ones
     takes twice the time and several copies of the input. Pixels change by up to 2e-6.
     """
-    # Elsewhere than on x86, oneDNN has no fast convolution of this kind.
-    if not torch.backends.mkldnn.is_available() or platform.machine() not in {"x86_64", "AMD64"}:
-        return
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             # What torch's own `forward` calls, after diffusers' causal convolution has padded.

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import cv2
 import numpy as np
 
 from everanimate_cli import pose_models, retarget, skeleton
@@ -42,6 +43,21 @@ _TEMPLATE_SEARCH_S = 5.0
 _SIGHTS_PER_S = 8  # of the detector while it looks for people
 _SILENT_S = 10  # of video in which nobody is found before the search shows its progress
 _LEAST_THRESHOLD = 1e-6  # a threshold of 0 draws all that has a score at all
+
+
+@contextmanager
+def opencv_in_line() -> Iterator[None]:
+    """Let OpenCV work in the threads that call it.
+
+    Its own threads make nothing here faster, take 2 ms of processor time a frame, and stand in the
+    way of the networks'.
+    """
+    num_threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(num_threads)
 
 
 # --- the video -----------------------------------------------------------------------------------
@@ -411,6 +427,11 @@ class Analyser:
         self._sureness = 0.0  # of the pose, when the detector saw the person last
         self._face_box: skeleton.Box | None = None  # the last good one
         self._face_s = 0.0
+
+    @property
+    def num_people(self) -> int:
+        """People whom the detector has seen, with the one who is followed."""
+        return max(1, self._tracker.tracks.num_people)
 
     @property
     def is_settled(self) -> bool:

@@ -9,7 +9,7 @@ import enum
 import json
 import zipfile
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -38,6 +38,10 @@ if TYPE_CHECKING:
     Points = NDArray[np.float64]
 
 _SMALL_FACE = 1 / 16  # of the side of the face video
+# The encoder's trade of speed for size. Thin coloured sticks need its best; a face crop, which
+# mostly is an enlarged picture, takes 0.4 of the time of "medium" with "veryfast", for as many
+# bytes and 0.2 dB less at 43 dB (two clips of real people).
+PRESETS = {"pose": "medium", "face": "veryfast", "preview": "veryfast"}
 _GAPS_SHOWN = 3
 
 
@@ -148,6 +152,7 @@ class _SegmentWriter:
                         width=size[1],
                         rate=settings.fps,
                         crf=settings.crf,
+                        preset=PRESETS[name],
                         # The preview is for people, whose players know nothing else.
                         lossless=settings.lossless and name != "preview",
                         # As the released files, which the network's readers take it for.
@@ -156,12 +161,19 @@ class _SegmentWriter:
                 )
                 for name, size in renderer.sizes.items()
             }
+            self._threads = stack.enter_context(ThreadPoolExecutor(max_workers=len(self._writers)))
             self._stack = stack.pop_all()
 
     def write(self, seen: Seen) -> None:
-        """Append a frame."""
-        for name, frame in self._renderer.render(seen).items():
-            self._writers[name].write(frame[None])
+        """Append a frame; the videos are encoded side by side."""
+        frames = self._renderer.render(seen)
+        jobs = [
+            self._threads.submit(writer.write, frames[name][None])
+            for name, writer in self._writers.items()
+        ]
+        wait(jobs)
+        for job in jobs:
+            job.result()
         nobody = np.full((skeleton.NUM_KEYPOINTS, 3), np.nan)
         values = {
             "keypoints": nobody if seen.keypoints is None else seen.keypoints,

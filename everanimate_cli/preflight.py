@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from everanimate_cli.analyze_settings import (
@@ -16,7 +17,9 @@ from everanimate_cli.analyze_settings import (
 from everanimate_cli.errors import InputError, SettingsError, WeightsError
 from everanimate_cli.eval_manifest import list_entries
 from everanimate_cli.eval_settings import EvalSettings
+from everanimate_cli.lora_config import PEFT_CONFIG, PEFT_WEIGHTS, lora_weights_file
 from everanimate_cli.manifest import read_dataset
+from everanimate_cli.model_folder import TRANSFORMER_SUFFIXES, find_layout
 from everanimate_cli.model_table import check_models
 from everanimate_cli.records import LoraSpec, option_name, split_hub_id
 from everanimate_cli.runs import ExtractFolder, RunFolder, TrainFolder
@@ -32,6 +35,7 @@ from everanimate_cli.settings import (
     ExtractSettings,
     run_folder,
 )
+from everanimate_cli.speed_settings import check_installed
 from everanimate_cli.train_settings import TrainSettings
 
 DRIVING_FILES = ("pose.mp4", "face.mp4", "extract.json")
@@ -69,7 +73,10 @@ def check_animate(settings: AnimateSettings) -> None:
         _check_file("--pose", settings.pose, "Give a video of drawn skeletons.")
     if settings.face is not None:
         _check_file("--face", settings.face, "Give a video of face crops.")
+    check_installed(settings.attention)
     check_model(settings.model)
+    if settings.transformer is not None:
+        check_transformer(settings.transformer)
     for lora in settings.lora or ():
         check_lora(lora)
     inputs = [settings.ref, settings.pose, settings.face, *settings.view]
@@ -181,7 +188,7 @@ def _check_init(source: str, rank: int) -> None:
     check_lora(LoraSpec(source), "--init")
     path = Path(source)
     if path.exists():  # else it is on the Hub
-        check_init_rank(source, path, rank)
+        check_init_rank(source, lora_weights_file(path), rank)
 
 
 def check_init_rank(source: str, path: Path, rank: int) -> None:
@@ -393,10 +400,10 @@ def check_model(model: str) -> None:
         return
     folder = Path(model)
     if folder.is_dir():
-        if not (folder / "transformer" / "config.json").is_file():
+        if find_layout(folder) is None:
             raise WeightsError(
                 f"--model {model} has no transformer/config.json. "
-                "Give a checkpoint folder in diffusers layout."
+                "Give a checkpoint folder in diffusers or the original layout."
             )
         return
     hub_id = split_hub_id(model)
@@ -404,6 +411,24 @@ def check_model(model: str) -> None:
         raise SettingsError(
             f"--model {model} is unknown. Give '{TOY_MODEL}' (embedded, works offline), "
             f"a checkpoint folder, or a Hub id such as {HUB_MODEL}."
+        )
+
+
+def check_transformer(path: Path) -> None:
+    """Refuse a file that cannot hold a transformer; its content is looked at later.
+
+    Raises:
+        InputError: If the file is missing, empty or of another kind.
+        SettingsError: If the package that reads it is not installed.
+    """
+    known = " or ".join(TRANSFORMER_SUFFIXES)
+    advice = f"Give a {known} file of a Wan2.2-Animate transformer."
+    _check_file("--transformer", path, advice)
+    if path.suffix not in TRANSFORMER_SUFFIXES:
+        raise InputError(f"--transformer {path} is not a {known} file. {advice}")
+    if path.suffix == ".gguf" and find_spec("gguf") is None:
+        raise SettingsError(
+            f"--transformer {path} needs the package gguf. Run pip install 'everanimate[gguf]'."
         )
 
 
@@ -415,11 +440,16 @@ def check_lora(lora: LoraSpec, option: str = "--lora") -> None:
         option: That names it, for errors.
 
     Raises:
-        InputError: If the file is missing, empty or of another kind.
+        InputError: If the file is missing, empty or of another kind, or a folder is not PEFT's.
     """
     path = Path(lora.source)
     advice = "Give a .safetensors file or a Hub id"
     advice += ", with its strength as FILE=SCALE." if option == "--lora" else "."
+    if path.is_dir():
+        for name in (PEFT_CONFIG, PEFT_WEIGHTS):
+            if not (path / name).is_file():
+                raise InputError(f"{option} {path} is a folder without PEFT's {name}. {advice}")
+        return
     if path.exists():
         _check_file(option, path, advice)
         if path.suffix != ".safetensors":

@@ -40,8 +40,11 @@ from everanimate_cli.report_tables import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from everanimate_cli.eval_settings import ReportMedia
+
 PAGE_FOLDER: Final = Path(__file__).parent / "report_page"
 _PNG_PLOTS = 6
+_LEFT_OUT: Final = {"videos": (), "stills": ("videos",), "none": tuple(SECTIONS)}
 
 
 def write_report(
@@ -52,6 +55,7 @@ def write_report(
     truth: Path | None,
     reference: Path | None,
     driving: Path | None,
+    media: ReportMedia = "videos",
     embed_limit_bytes: int = EMBED_LIMIT_BYTES,
 ) -> None:
     """Write the page, whole or not at all; videos are read as streams.
@@ -63,6 +67,7 @@ def write_report(
         truth: Video of the truth; None too for a test set, whose entries name their own.
         reference: Picture of the character.
         driving: Folder with `pose.mp4`, or a video; None too for a test set.
+        media: "videos" for players and contact sheets, "stills" for the sheets, "none" for neither.
         embed_limit_bytes: Larger videos are linked, not embedded.
 
     Raises:
@@ -72,8 +77,10 @@ def write_report(
     """
     methods = list_methods(evaluation_json, videos)
     columns = list_columns(evaluation_json, methods)
-    samples = list_samples(methods, truth, driving)
-    players = Players(page=path, limit_bytes=embed_limit_bytes)
+    samples = [] if media == "none" else list_samples(methods, truth, driving)
+    players = Players(page=path, limit_bytes=embed_limit_bytes) if media == "videos" else None
+    shown = {key: SECTIONS[key] for key in SECTIONS if key not in _LEFT_OUT[media]}
+    contents = {"files": "Files", **sections(columns), **shown, "settings": "Settings"}
     style = palette_css() + (PAGE_FOLDER / "page.css").read_text(encoding="utf-8")
     script = (PAGE_FOLDER / "page.js").read_text(encoding="utf-8")
     page = Template((PAGE_FOLDER / "page.html").read_text(encoding="utf-8"))
@@ -90,9 +97,11 @@ def write_report(
         temporary.open("w", encoding="utf-8", newline="\n") as file,
     ):
         file.write(before)
-        file.writelines(_header(evaluation_json, methods, columns, reference))
+        picture = None if media == "none" else reference
+        file.writelines(_header(evaluation_json, methods, columns, picture, contents))
         file.writelines(number_sections(columns, evaluation_json["horizons_s"]))
-        file.writelines(picture_sections(samples, len(methods), players))
+        if media != "none":
+            file.writelines(picture_sections(samples, len(methods), players))
         file.writelines(_settings(evaluation_json))
         file.write(after)
 
@@ -130,6 +139,7 @@ def _header(
     methods: Sequence[Method],
     columns: Sequence[Column],
     reference: Path | None,
+    contents: Mapping[str, str],
 ) -> Iterator[str]:
     yield start_tag("header", class_="wrap")
     if reference is not None:
@@ -154,7 +164,6 @@ def _header(
         ),
     )
     yield Html("</header>")
-    contents = {"files": "Files", **sections(columns), **SECTIONS, "settings": "Settings"}
     links = (element("li", element("a", title, href=f"#{key}")) for key, title in contents.items())
     yield element("nav", element("ul", *links), aria_label="Sections")
     yield element("h2", "Files", id="files")
@@ -170,6 +179,8 @@ def _file_row(method: Method) -> Html:
     compared = facts.get("compared_frames")
     if compared and compared != facts["num_frames"]:
         frames += f", {compared} compared"
+    if facts.get("extend"):
+        frames += f", driven by {facts['driving_frames']} and on by {facts['extend']}"
     return element(
         "tr",
         element("th", method.title(), scope="row"),

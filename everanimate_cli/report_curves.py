@@ -166,7 +166,8 @@ def mean_of_videos(
 
 
 def _as_array(per_frame: Sequence[float | None]) -> Values:
-    return np.array([math.nan if value is None else value for value in per_frame], np.float64)
+    # None becomes NaN.
+    return np.array(per_frame, np.float64)
 
 
 def _count_points(num_values: int) -> int:

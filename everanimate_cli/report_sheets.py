@@ -7,11 +7,12 @@ import math
 import mimetypes
 import os
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 from urllib.parse import quote
 
+from everanimate_cli.chunks import driving_index
 from everanimate_cli.report_curves import clock
 from everanimate_cli.report_frames import DIFFERENCE_GAIN, read_strip
 from everanimate_cli.report_markup import Html, element, escaped, joined, start_tag, table
@@ -76,6 +77,17 @@ class Sample:
         """What stands before the names of its tables."""
         return "" if self.name is None else f"{self.name}: "
 
+    def truth_at(self, index: int) -> int | None:
+        """The frame of the truth beside a frame of the first video; None where there is none."""
+        counts = [method.facts.get("compared_frames") for method in self.methods]
+        return index if index < max(count or math.inf for count in counts) else None
+
+    def pose_at(self, index: int) -> int:
+        """The frame of the driving that a frame of the first video follows."""
+        facts = self.methods[0].facts
+        extend = facts.get("extend")
+        return index if extend is None else driving_index(index, facts["driving_frames"], extend)
+
     @property
     def others(self) -> dict[str, Path]:
         """Videos beside those that were measured, by what they are."""
@@ -119,24 +131,31 @@ def _named(method: Method, what: str) -> Path | None:
     return Path(path) if path is not None and Path(path).exists() else None
 
 
-def picture_sections(samples: Sequence[Sample], num_videos: int, players: Players) -> Iterator[str]:
+def picture_sections(
+    samples: Sequence[Sample], num_videos: int, players: Players | None
+) -> Iterator[str]:
     """Players and sheets; each video is read once for its player and once for all sheets.
 
     Args:
         samples: What is shown.
         num_videos: How many were measured.
-        players: Where videos are embedded.
+        players: Where videos are embedded; None for sheets alone.
 
     Raises:
         MediaError: If a video cannot be read.
     """
-    yield element("h2", SECTIONS["videos"], id="videos")
     num_shown = sum(len(sample.methods) for sample in samples)
-    if num_shown < num_videos:
-        yield element("p", f"Here and below {num_shown} of {num_videos} videos are shown.")
-    yield from _video_section(samples, players)
-    reels = [_read_reel(sample, _count_minutes(samples)) for sample in samples]
+    some = element("p", f"Here and below {num_shown} of {num_videos} videos are shown.")
+    some = some if num_shown < num_videos else Html()
+    if players is not None:
+        yield element("h2", SECTIONS["videos"], id="videos")
+        yield some
+        yield from _video_section(samples, players)
+    max_minutes = _count_minutes(samples)
+    reels = [_read_reel(sample, max_minutes, players is not None) for sample in samples]
     yield element("h2", SECTIONS["joins"], id="joins")
+    if players is None:
+        yield some
     yield element(
         "p",
         "The last frames of one chunk and the first ones of the next. A good join cannot be seen: "
@@ -265,6 +284,7 @@ class _Reel:
         worst: By video, the worst frames and what was found in each.
         strips: By video.
         others: Of truth and driving poses, numbered as the first video is.
+        has_players: Whether a moment can be played.
     """
 
     sample: Sample
@@ -272,10 +292,11 @@ class _Reel:
     joins: Mapping[str, Mapping[int, str]]
     worst: Mapping[str, Mapping[int, Sequence[str]]]
     strips: Mapping[str, FilmStrip]
-    others: Mapping[str, FilmStrip] = field(default_factory=dict)
+    others: Mapping[str, FilmStrip]
+    has_players: bool
 
 
-def _read_reel(sample: Sample, max_minutes: int) -> _Reel:
+def _read_reel(sample: Sample, max_minutes: int, has_players: bool) -> _Reel:
     minutes = _minutes(sample.seconds, max_minutes)
     moments_s = [moment_s for minute in minutes for moment_s in minute]
     joins = {method.name: _joins_shown(method) for method in sample.methods}
@@ -299,11 +320,12 @@ def _read_reel(sample: Sample, max_minutes: int) -> _Reel:
             moments_s=[*moments_s, *worst_s] if name == "truth" else moments_s,
             # As they were compared: at the rate of the video, from where its first frame lies.
             rate=first.fps,
-            start_s=first.facts.get("start_s"),
+            start_s=first.facts.get("truth_start_s" if name == "truth" else "start_s"),
+            follows=sample.truth_at if name == "truth" else sample.pose_at,
         )
         for name, path in sample.others.items()
     }
-    return _Reel(sample, minutes, joins, worst, strips, others)
+    return _Reel(sample, minutes, joins, worst, strips, others, has_players)
 
 
 def _joins_shown(method: Method) -> dict[int, str]:
@@ -333,10 +355,12 @@ def _join_sheets(reel: _Reel) -> Iterator[str]:
         else:
             if len(shown) < len(method.joins):
                 yield element("p", f"The first and the worst of {len(method.joins)} joins.")
-            yield _join_table(method, shown, strip)
+            yield _join_table(method, shown, strip, has_players=reel.has_players)
 
 
-def _join_table(method: Method, shown: Mapping[int, str], strip: FilmStrip) -> Html:
+def _join_table(
+    method: Method, shown: Mapping[int, str], strip: FilmStrip, *, has_players: bool
+) -> Html:
     sizes = _join_sizes(method)
     numbers = {join: number for number, join in enumerate(method.joins, 1)}
     columns = ("Join", "2 before", "1 before", f"change x{DIFFERENCE_GAIN}", "first", "second")
@@ -351,7 +375,8 @@ def _join_table(method: Method, shown: Mapping[int, str], strip: FilmStrip) -> H
             (strip.frames.get(join + 1), f"{where}: second frame"),
         )
         head = [f"{numbers[join]} ", element("span", rank, class_="flag") if rank else ""]
-        head += [element("br"), _seek(join / method.fps), element("br")]
+        moment = _seek(join / method.fps, has_players=has_players)
+        head += [element("br"), moment, element("br")]
         head += [element("small", f"frame {join}")]
         if join in sizes:
             head += [element("br"), element("small", f"step {sizes[join]:.3g}")]
@@ -406,7 +431,8 @@ def _minute_sheets(reel: _Reel) -> Iterator[str]:
             )
             lines.append(element("tr", element("th", title, scope="row"), *cells))
         number = int(minute[0] // _S_PER_MINUTE) + 1
-        heads = ["Video", *(_seek(moment_s) for moment_s in minute)]
+        moments = (_seek(moment_s, has_players=reel.has_players) for moment_s in minute)
+        heads = ["Video", *moments]
         caption = f"{sample.prefix}Minute {number}"
         yield table(caption, heads, [element("tbody", *lines)], class_="sheet")
 
@@ -433,7 +459,8 @@ def _worst_sheets(reel: _Reel) -> Iterator[str]:
         rows = []
         for frame, measured in worst.items():
             time_s = frame / method.fps
-            head = element("th", str(frame), element("br"), _seek(time_s), scope="row")
+            moment = _seek(time_s, has_players=reel.has_players)
+            head = element("th", str(frame), element("br"), moment, scope="row")
             lines = [part for text in measured for part in (text, element("br"))][:-1]
             cells = [_cell(strip.frames.get(frame), f"{method.name}, frame {frame}", "wide")]
             if truth is not None:
@@ -444,9 +471,11 @@ def _worst_sheets(reel: _Reel) -> Iterator[str]:
         yield table(caption, columns, [element("tbody", *rows)], class_="sheet")
 
 
-def _seek(time_s: float) -> Html:
-    """A link to the players that also takes them to a moment."""
+def _seek(time_s: float, *, has_players: bool) -> Html:
+    """A moment; where there are players, a link that also takes them to it."""
     text = f"{time_s:.2f}".rstrip("0").rstrip(".") + " s"
+    if not has_players:
+        return escaped(text)
     return element("a", text, href="#videos", data_seek_s=f"{time_s:.3f}")
 
 

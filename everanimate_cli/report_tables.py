@@ -32,6 +32,7 @@ LABELS: Final = {
     "fvd": "FVD",
     "identity": "Identity",
     "background_psnr": "Background PSNR",
+    "background_lpips": "Background LPIPS",
     "colour_drift": "Colour drift",
     "contrast_drift": "Contrast drift",
     "saturation_drift": "Saturation drift",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from everanimate_cli.runs import RunFolder
 
-_STATE_TENSORS = ("drawn_latents", "motion_latents", "carried_pixels")
+_STATE_TENSORS = ("drawn_latents", "motion_latents", "carried_pixels", "step_ratios")
 
 
 def save_chunk(run: RunFolder, chunk: Chunk) -> None:

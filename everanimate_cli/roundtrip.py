@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from everanimate_cli import hub, metrics, weights
+from everanimate_cli import checkpoint, estimates, hub, metrics, weights
 from everanimate_cli.analyze import AnalysisResult, write_record, write_table
 from everanimate_cli.analyze_settings import ROUNDTRIP_FILES
 from everanimate_cli.errors import MediaError, SettingsError
@@ -37,9 +37,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from everanimate_cli.analyze_settings import Quantise, RoundtripSettings
+    from everanimate_cli.model_folder import ModelSource
 
     Frames = NDArray[np.uint8]
     Values = NDArray[np.float64]
+
+_NETWORKS = ("vae",)
+_WAN_PATCH_SIDE = 2  # latent cells
 
 # The corners of the colour cube, greys between, and colours that pictures of people are full of.
 FLAT_COLOURS = {
@@ -288,9 +292,12 @@ def analyze_roundtrip(settings: RoundtripSettings, on_event: OnEvent) -> Analysi
         OSError: If the disk is full.
     """
     video_size = _open(settings).info
-    source = hub.locate_model(settings.model, on_event, download=not settings.dry_run)
-    weights.check_checkpoint(source)
-    multiple = weights.read_geometry(source).size_multiple
+    # Of a checkpoint on the Hub nothing else is downloaded.
+    source = hub.locate_model(
+        settings.model, on_event, download=not settings.dry_run, networks=_NETWORKS
+    )
+    checkpoint.check_network(source, *_NETWORKS)
+    multiple = _size_multiple(source)
     defaults = source.defaults
     size = settings.height_width or fit_size(
         video_size.height, video_size.width, defaults.height * defaults.width, multiple
@@ -319,7 +326,7 @@ def analyze_roundtrip(settings: RoundtripSettings, on_event: OnEvent) -> Analysi
         }
         if settings.dry_run:
             return AnalysisResult(output=output, facts=facts)
-        vae = _load_vae(source, device)
+        vae = weights.load_vae(source, device)
 
         def trip(pixels: Tensor) -> Tensor:
             return round_trip(vae, pixels.to(device))
@@ -337,7 +344,7 @@ def analyze_roundtrip(settings: RoundtripSettings, on_event: OnEvent) -> Analysi
     draw_sheet(sheet, journeys, title)
     record = {
         "model_revision": source.revision,
-        "model_sha256": weights.checkpoint_hash(source),
+        "vae_sha256": checkpoint.checkpoint_hash(source, _NETWORKS),
         "video_sha256": hash_file(settings.video),
         **facts,
     }
@@ -346,6 +353,14 @@ def analyze_roundtrip(settings: RoundtripSettings, on_event: OnEvent) -> Analysi
     for number in sheet_trips(settings.trips):
         on_event(Note(text=_trip_line(number, comparisons[number - 1])))
     return AnalysisResult(output=output, facts=facts)
+
+
+def _size_multiple(source: ModelSource) -> int:
+    """What the sides of a video by this model are multiples of."""
+    if source.has_config("transformer"):
+        return estimates.read_geometry(source).size_multiple
+    # The weights that would tell are not needed for anything else.
+    return int(checkpoint.full_config(source, "vae").scale_factor_spatial) * _WAN_PATCH_SIDE
 
 
 def _trip_line(number: int, comparison: Comparison) -> str:
@@ -367,18 +382,6 @@ def _open(
         raise MediaError(f"VIDEO {error}") from error
     except SettingsError as error:  # about `start`, which is an option of the same name
         raise SettingsError(f"--{error} Give an earlier time.") from error
-
-
-def _load_vae(source: weights.ModelSource, device: torch.device) -> AutoencoderKLWan:
-    """The VAE of a checkpoint whose headers are checked, float32, without gradients."""
-    with weights.quiet_libraries():
-        vae = AutoencoderKLWan.from_pretrained(
-            source.folder / "vae",
-            local_files_only=True,
-            use_safetensors=True,
-            torch_dtype=torch.float32,
-        )
-    return vae.requires_grad_(False).to(device)
 
 
 def _travel_all(

@@ -4,6 +4,7 @@ Layout of `NAME.mp4.run`, beside the result `NAME.mp4`:
     run.json                  what the run was asked to do; written first, deleted first
     00007_4-21.mp4            frames 4..20 of chunk 7, encoded; playable, joined at the end
     00007.safetensors         latents of chunk 7 and the state that chunk 8 needs; written last
+    prompt-....safetensors    what the network sees of the prompt
     pictures.json             where the PNG pictures of these chunks are, if they were wanted
     joined.mp4, result.json   the result and its settings, until they get their place
     lock                      held by the process at work
@@ -28,6 +29,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -39,6 +41,8 @@ from everanimate_cli.settings import run_folder
 
 _REQUEST_FILE = "run.json"
 _LOCK_FILE = "lock"
+# Of folders with weights that wait on disk while a process works.
+OFFLOAD_PREFIX = "offload-"
 _TEMPORARY_FILE = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 _RUN_SUFFIX = run_folder(Path("x")).name.removeprefix("x")
 # What file systems that cannot lock answer: some network and user-space ones.
@@ -205,7 +209,31 @@ class RunFolder(WorkFolder):
 
     unit = "chunk"
     part_file = re.compile(r"\d{5,}\.safetensors|\d{5,}_\d+-\d+\.mp4")
-    other_file = re.compile(r"pictures\.json|joined\.mp4|result\.json")
+    other_file = re.compile(
+        r"pictures\.json|joined\.mp4|result\.json|prompt-[0-9a-f]{32}\.safetensors"
+    )
+
+    def clear(self) -> None:
+        """Delete the run's files and begin anew; the lock stays."""
+        super().clear()
+        self._remove_offload_folders()
+
+    def clear_temporaries(self) -> None:
+        """Delete what a killed process was about to write, or kept here while it worked."""
+        super().clear_temporaries()
+        self._remove_offload_folders()
+
+    def _remove_offload_folders(self) -> None:
+        for folder in self.path.glob(f"{OFFLOAD_PREFIX}*"):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def read_begun(self) -> dict[str, object]:
+        """What the run was asked to do; empty if there is none, or none that can be read."""
+        try:
+            request = json.loads(self.request_path.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return request if isinstance(request, dict) else {}
 
     @property
     def pictures_path(self) -> Path:

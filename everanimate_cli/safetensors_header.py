@@ -1,42 +1,109 @@
-"""Names and shapes in a safetensors file, without the library and without its tensors."""
+"""Names, shapes and types in a safetensors file, without the library and without its tensors."""
 
 import json
+import struct
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from everanimate_cli.errors import WeightsError
 
 _MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
+# Of the types in which a single number may be stored: bytes, and how `struct` reads them.
+_NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
+
+
+class TensorEntry(NamedTuple):
+    """One tensor of a file.
+
+    Attributes:
+        shape: In torch's order.
+        dtype: As the format calls it, such as "BF16" or "F8_E4M3".
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Read names and shapes from the header of a safetensors file.
+    """Shape by tensor name; see `read_tensor_entries`."""
+    return {name: entry.shape for name, entry in read_tensor_entries(path).items()}
+
+
+def read_tensor_entries(path: Path) -> dict[str, TensorEntry]:
+    """Read the header of a safetensors file.
 
     Args:
         path: A complete safetensors file.
 
     Returns:
-        Shape by tensor name, in the order of the file.
+        Tensors by name, in the order of the file.
 
     Raises:
         WeightsError: If the file is missing, of another format or cut short.
     """
+    return {name: entry for name, (entry, _) in _read_header(path)[0].items()}
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What the header says beside the tensors; empty where it says nothing.
+
+    Raises:
+        WeightsError: As `read_tensor_entries`.
+    """
+    return _read_header(path)[1]
+
+
+def read_number(path: Path, name: str) -> float:
+    """The value of a tensor of one element.
+
+    Args:
+        path: A complete safetensors file.
+        name: A tensor in it.
+
+    Raises:
+        WeightsError: As `read_tensor_entries`, and if it is no single number.
+    """
+    entries, _, data_start = _read_header(path)
+    entry, start = entries[name]
+    if any(side != 1 for side in entry.shape) or entry.dtype not in (*_NUMBERS, "BF16"):
+        raise WeightsError(
+            f"{path}: {name} is of type {entry.dtype} and shape {list(entry.shape)}, not a single "
+            "number. Give another file."
+        )
+    layout = _NUMBERS.get(entry.dtype, "<f")
+    with path.open("rb") as file:
+        file.seek(data_start + start)
+        if entry.dtype == "BF16":  # the upper half of a float32
+            return float(struct.unpack(layout, b"\0\0" + file.read(2))[0])
+        return float(struct.unpack(layout, file.read(struct.calcsize(layout)))[0])
+
+
+def _read_header(path: Path) -> tuple[dict[str, tuple[TensorEntry, int]], dict[str, str], int]:
+    """Tensors with the place where their data begins, metadata, and where all data begins."""
     try:
         with path.open("rb") as file:
             header_size = int.from_bytes(file.read(8), "little")
             if header_size > _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {header_size} bytes")
-            header: dict[str, dict[str, list[int]]] = json.loads(file.read(header_size))
-        header.pop("__metadata__", None)
-        shapes = {name: tuple(entry["shape"]) for name, entry in header.items()}
+            header: dict[str, dict[str, Any]] = json.loads(file.read(header_size))
+        metadata = header.pop("__metadata__", {})
+        entries = {
+            name: (
+                TensorEntry(tuple(entry["shape"]), str(entry["dtype"])),
+                int(entry["data_offsets"][0]),
+            )
+            for name, entry in header.items()
+        }
         data_size = max((entry["data_offsets"][1] for entry in header.values()), default=0)
         file_size = path.stat().st_size
+        described = {str(name): str(value) for name, value in metadata.items()}
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise WeightsError(f"{path} is not a safetensors file. Give one.") from error
     if file_size != 8 + header_size + data_size:
         raise WeightsError(
             f"{path} has {file_size} bytes where its header announces "
             f"{8 + header_size + data_size}. Download it again."
         )
-    return shapes
+    return entries, described, 8 + header_size

@@ -11,6 +11,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from everanimate_cli.errors import SettingsError, WeightsError
+from everanimate_cli.placement_settings import (
+    Offload,
+    PlacementOptions,
+    Precision,
+    TextDevice,
+    Tiling,
+    Vram,
+    check_placement,
+)
 from everanimate_cli.records import (
     THIS_RUN,
     LoraSpec,
@@ -20,6 +29,7 @@ from everanimate_cli.records import (
     parse_size,
     read_json_object,
 )
+from everanimate_cli.speed_settings import STEP_CACHE_THRESHOLD, Attention, StepCacheKind
 
 Memory = Literal["latent", "pixel", "sink"]
 ClipImage = Literal["previous", "reference"]
@@ -28,6 +38,8 @@ Extend = Literal["pingpong", "loop", "hold", "error"]
 Codec = Literal["h264", "h265"]
 Device = Literal["auto", "cuda", "mps", "cpu"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Parallel = Literal["auto", "ulysses", "ring"]
+LoraMode = Literal["auto", "fused", "separate"]
 Provider = Literal["auto", "cuda", "cpu"]
 Select = Literal["size", "centre", "left", "right"]
 Reacquire = Literal["same", "any"]
@@ -118,10 +130,13 @@ class ModelDefaults(Record):
         negative_prompt: Text to steer away from when guidance is on.
         lora: LoRAs that belong to the model, written as on the command line.
         pose_model: Who estimates the poses of a raw driving video.
+        fast_steps: Euler steps per chunk with `--fast`.
+        fast_lora: LoRAs that `--fast` adds to `lora`: the model distilled to few steps.
     """
 
     LEAST: ClassVar = {
         "face_size": 1,
+        "fast_steps": 1,
         "frames_per_chunk": 1 + TEMPORAL_STRIDE,
         "height": 1,
         "identity_slots": 1,
@@ -144,6 +159,8 @@ class ModelDefaults(Record):
     negative_prompt: str = ""
     lora: tuple[LoraSpec, ...] = ()
     pose_model: str = DEFAULT_POSE_MODEL
+    fast_steps: int = 6
+    fast_lora: tuple[LoraSpec, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse numbers that no chunk plan can follow.
@@ -155,6 +172,14 @@ class ModelDefaults(Record):
         _check_chunk(self, self.frames_per_chunk, self.overlap)
         _check_latent_overlap(self, self.overlap)
 
+
+# Wan 2.1 I2V 14B distilled by lightx2v to 4 steps without guidance, as a LoRA of rank 64. LightX2V
+# runs Wan-Animate with its rank-32 version: 4 steps, shift 5, no guidance, strength 1
+# (`configs/wan22/wan_animate_lora.json`); with rank 64, 6 steps are usual.
+_STEP_DISTILLED = (
+    "Kijai/WanVideo_comfy/Lightx2v/lightx2v_I2V_14B_480p_cfg_step_distill_rank64_bf16.safetensors"
+    "@8260d429d19fd7a72304cad059160b95d843913f"
+)
 
 # Method page section 5. The face size is that of the released motion encoder.
 HUB_PRESET = ModelDefaults(
@@ -169,6 +194,7 @@ HUB_PRESET = ModelDefaults(
     face_size=512,
     prompt="视频中的人在做动作",
     lora=(LoraSpec("epfl-vita/everanimate/ckpts/everanimate-v1-lora32/stage2_480p.safetensors"),),
+    fast_lora=(LoraSpec(_STEP_DISTILLED),),
 )
 
 
@@ -196,7 +222,10 @@ class AnimateSettings(Options):
         retarget: Whether its poses get the limb lengths and the place of the character.
         pose_folder: Where its poses are kept; None for `<video>_pose` beside the result.
         model: "toy", a checkpoint folder or a Hub id `owner/name[@revision]`.
+        transformer: File to take instead of the model's transformer: .safetensors or .gguf.
         lora: LoRAs on top of the model; None for the model's own, empty for none at all.
+        lora_mode: Whether they are added to the weights, or computed beside them; see
+            `lora_layers.choose_lora_mode`.
         view: More pictures of the character; each takes an identity slot.
         size: "WIDTHxHEIGHT", or "auto" for the reference's aspect at the model's area.
         fit: How pictures of another aspect fill the frame.
@@ -221,6 +250,21 @@ class AnimateSettings(Options):
         png: Folder for every frame as a PNG picture, beside the video.
         device: Where the networks run.
         dtype: Number format of the networks.
+        vram: Preset for cards of so many GB; "auto" takes the largest that fits. The next four
+            override its choices, see `placement_settings.Placement`.
+        precision: How the weights of the transformer's blocks are stored.
+        offload: What waits in main memory or on disk until it is needed.
+        vae_tiling: Whether frames are decoded in tiles.
+        text_device: Where the text encoder runs.
+        parallel: How processes that torchrun has started share self-attention.
+        spare_rank: Whether the first of them computes all but the transformer, beside the others.
+        fast: Whether few steps are taken, with the model's step-distilled LoRA; `steps`, `lora` and
+            `guidance_scale` win over it.
+        attention: Which kernels compute attention.
+        compile: Whether the transformer's blocks are compiled.
+        step_cache: How steps that change little are skipped; see `step_cache.plan_skips`.
+        step_cache_threshold: Error that it may make; None for `STEP_CACHE_THRESHOLD`.
+        concurrent: Whether a chunk is decoded, encoded and written while the next one is sampled.
         resume: Whether an unfinished run of the same settings is continued.
         overwrite: Whether an existing result may be replaced.
         keep_run: Whether the run folder stays, so that the video can be lengthened later.
@@ -237,6 +281,7 @@ class AnimateSettings(Options):
         "person": 0,
         "seed": 0,
         "start": 0,
+        "step_cache_threshold": 0,
         "steps": 1,
     }
     MOST: ClassVar = {"crf": MAX_CRF}
@@ -259,7 +304,9 @@ class AnimateSettings(Options):
     retarget: bool = False
     pose_folder: Path | None = None
     model: str = HUB_MODEL
+    transformer: Path | None = None
     lora: tuple[LoraSpec, ...] | None = field(default=None, metadata={"decode": _decode_lora})
+    lora_mode: LoraMode = "auto"
     view: tuple[Path, ...] = ()
     size: str | None = None
     fit: Fit = "contain"
@@ -284,6 +331,19 @@ class AnimateSettings(Options):
     png: Path | None = None
     device: Device = "auto"
     dtype: Dtype = "auto"
+    vram: Vram = "auto"
+    precision: Precision = "auto"
+    offload: Offload = "auto"
+    vae_tiling: Tiling = "auto"
+    text_device: TextDevice = "auto"
+    parallel: Parallel = field(default="auto", metadata=THIS_RUN)
+    spare_rank: bool = field(default=False, metadata=THIS_RUN)
+    fast: bool = False
+    attention: Attention = "auto"
+    compile: bool = False
+    step_cache: StepCacheKind = "off"
+    step_cache_threshold: float | None = None
+    concurrent: bool = True
     resume: bool = field(default=True, metadata=THIS_RUN)
     overwrite: bool = field(default=False, metadata=THIS_RUN)
     keep_run: bool = field(default=False, metadata=THIS_RUN)
@@ -301,6 +361,18 @@ class AnimateSettings(Options):
         _check_chunk(self, self.frames_per_chunk, self.overlap)
         self._check_memory()
         self._check_output()
+        check_placement(self.placement_options)
+        if self.step_cache_threshold is not None and self.step_cache == "off":
+            raise SettingsError(
+                f"--step-cache-threshold {self.step_cache_threshold:g} has no effect without "
+                "--step-cache. Give --step-cache mag."
+            )
+
+    @property
+    def placement_options(self) -> PlacementOptions:
+        """What is asked for of the card's memory."""
+        names = ("vram", "precision", "offload", "vae_tiling", "text_device")
+        return PlacementOptions(**{name: getattr(self, name) for name in names})
 
     def _check_inputs(self) -> None:
         need = "Give a video or a folder made by extract-pose, or --pose and --face."
@@ -419,6 +491,14 @@ class ResolvedSettings(AnimateSettings):
     overlap: int
     identity_slots: int
     clip_image: ClipImage
+
+    @property
+    def cache_threshold(self) -> float | None:
+        """Error that the step cache may make; None without it."""
+        if self.step_cache == "off":
+            return None
+        given = self.step_cache_threshold
+        return STEP_CACHE_THRESHOLD if given is None else given
 
     @property
     def height_width(self) -> tuple[int, int] | None:
@@ -631,10 +711,10 @@ def resolve(settings: AnimateSettings, defaults: ModelDefaults) -> ResolvedSetti
     carry_frames = CARRY_FRAMES[0] if settings.carry_frames is None else settings.carry_frames
     fill: dict[str, object] = {
         "output": settings.default_output,
-        "lora": defaults.lora,
+        "lora": (*defaults.lora, *defaults.fast_lora) if settings.fast else defaults.lora,
         "size": f"{defaults.width}x{defaults.height}",
         "fps": defaults.fps,
-        "steps": defaults.num_inference_steps,
+        "steps": defaults.fast_steps if settings.fast else defaults.num_inference_steps,
         "shift": defaults.shift,
         "prompt": defaults.prompt,
         "negative_prompt": "" if settings.guidance_scale == 1 else defaults.negative_prompt,

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from everanimate_cli import hub, weights
+from everanimate_cli import checkpoint, estimates, hub, weights
+from everanimate_cli.adapter_state import AdapterState, ZeroAdapterState
 from everanimate_cli.errors import RunError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted, TrainStep
 from everanimate_cli.hashes import hash_file
@@ -33,14 +34,13 @@ from everanimate_cli.lora_adapter import (
     ignore_frozen_weights,
     load_initial_lora,
     lora_parameters,
-    read_adapters,
     save_lora,
-    scatter_like,
     shard_network,
     store_blocks_as_fp8,
     write_adapters,
 )
 from everanimate_cli.loss_plot import plot_losses
+from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.objective import correction_weight, training_pair, velocity_loss
 from everanimate_cli.pipeline import AnimatePipeline, peak_memory_mib
 from everanimate_cli.preflight import check_init_rank, output_exists, unfit_size
@@ -73,10 +73,9 @@ from everanimate_cli.training_validation import Validation
 from everanimate_cli.workspace import open_work
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    from accelerate import Accelerator
     from torch import Tensor
 
     from everanimate_cli.transformer import EverAnimateTransformer3DModel
@@ -90,7 +89,6 @@ _FREE_OPTIONS = (
     *("validate_every", "validation", "validation_chunks", "validation_steps"),
     *("dataset", "init", "model", "pose_folder", "pose_model", "detector"),  # their content counts
 )
-_ADAM_STATE = ("exp_avg", "exp_avg_sq")
 _LOSS_SHARE = 0.1  # of the steps, over which the last loss is told
 
 
@@ -203,7 +201,7 @@ class _Work:
     """
 
     settings: ResolvedTrainSettings
-    source: weights.ModelSource
+    source: ModelSource
     model_hash: str
     init: Path | None
     clips: Sequence[TrainingClip]
@@ -217,10 +215,10 @@ def _check(
 ) -> _Work:
     """Find model and clips, and refuse what does not fit before anything is written."""
     source, resolved, init = processes.main_first(partial(_find_model, settings, on_event))
-    model_hash = weights.checkpoint_hash(source)
+    model_hash = checkpoint.checkpoint_hash(source)
 
     def find_clips() -> tuple[ClipSet, TrainingClip | None]:
-        geometry = weights.read_geometry(source)
+        geometry = estimates.read_geometry(source)
         height, width = resolved.height_width
         if height % geometry.size_multiple or width % geometry.size_multiple:
             raise unfit_size((height, width), geometry.size_multiple)
@@ -246,7 +244,7 @@ def _check(
 
 def _find_model(
     settings: TrainSettings, on_event: OnEvent
-) -> tuple[weights.ModelSource, ResolvedTrainSettings, Path | None]:
+) -> tuple[ModelSource, ResolvedTrainSettings, Path | None]:
     """The base model, what it means for the settings, and the LoRA to start from.
 
     Both are on this machine then and checked by their headers.
@@ -260,7 +258,7 @@ def _find_model(
             LoraSpec(settings.init), on_event, download=download, option="--init"
         )
         check_init_rank(settings.init, init, settings.rank)
-    weights.check_checkpoint(source, [] if init is None else [init])
+    checkpoint.check_checkpoint(source, [] if init is None else [init])
     return source, resolved, init
 
 
@@ -328,9 +326,9 @@ def _open_folder(
 def _estimate_memory_mib(work: _Work, dtype: torch.dtype) -> dict[str, Any]:
     """Weights, counted exactly, and what a step takes beside them, estimated; for one process."""
     settings = work.settings
-    parts = weights.weights_mib(work.source, dtype, quantize=settings.quantize_base == "fp8")
+    parts = estimates.weights_mib(work.source, dtype, quantize=settings.quantize_base == "fp8")
     height, width = settings.height_width
-    step = weights.read_geometry(work.source).training_step_mib(
+    step = estimates.read_geometry(work.source).training_step_mib(
         height,
         width,
         settings.frames_per_chunk,
@@ -342,7 +340,7 @@ def _estimate_memory_mib(work: _Work, dtype: torch.dtype) -> dict[str, Any]:
     # Without a cache the encoders stay beside the network.
     kept = ["transformer"] if settings.latent_cache is not None else list(parts)
     total = sum(parts[name] for name in kept) + settings.batch_size * step
-    total += weights.lora_mib(work.source, settings.rank)
+    total += estimates.lora_mib(work.source, settings.rank)
     return {
         "weights_mib": {name: round(value, 1) for name, value in parts.items()},
         "estimated_memory_mib": round(total),
@@ -492,17 +490,22 @@ class _Training:
             )
         if settings.gradient_checkpointing != "off":
             transformer.enable_gradient_checkpointing()
-        _compute_in(transformer, accelerator)
+        last = processes.of_main(lambda: max(folder.checkpoints(), default=0))
+        kept = self._read_checkpoint(last) if last else {}
+        if last:
+            # Before the weights are shared out, as long as each process holds them whole.
+            write_adapters(transformer, _part(kept, "lora"))
+        _compute_in(transformer, accelerator.device, in_bf16=processes.in_bf16)
         if settings.compile:
             for block in transformer.blocks:
                 block.compile()
         transformer.train()
         self.transformer = transformer
-        if processes.shard_weights:
+        if processes.uses_fsdp:
             # Not by accelerate: it would round what has to stay float32, and split the network at
             # other places.
             shard_network(transformer, accelerator.device, offload=processes.offload_weights)
-        elif processes.count > 1:
+        elif processes.count > 1 and processes.zero_stage is None:
             ignore_frozen_weights(transformer)
         optimizer = torch.optim.AdamW(
             lora_parameters(transformer).values(),
@@ -511,12 +514,18 @@ class _Training:
         )
         self._network: Any = transformer
         self._optimizer: Any = optimizer
-        if not processes.shard_weights:
-            self._network, self._optimizer = accelerator.prepare(transformer, optimizer)
-        self._average = read_adapters(self._network) if settings.ema is not None else {}
-        last = processes.of_main(lambda: max(folder.checkpoints(), default=0))
-        if last:
-            self._restore(last)
+        if not processes.uses_fsdp:
+            self._network, self._optimizer = processes.prepare(transformer, optimizer)
+        self._adapters = AdapterState(self._network, self._optimizer)
+        if processes.zero_stage is not None:
+            self._adapters = ZeroAdapterState(
+                self._network, self._optimizer, stage=processes.zero_stage
+            )
+        self._adapters.load_moments(kept, last)
+        self._average: dict[str, Tensor] = {}
+        if settings.ema is not None:
+            self._average = _part(kept, "ema") or self._adapters.weights()
+        self.step = last
 
     def run(self, source: SampleSource, validate: Validate) -> None:
         """Make the steps that are missing."""
@@ -605,13 +614,11 @@ class _Training:
                 if not accelerator.sync_gradients:
                     continue
                 mean_loss = self._mean(torch.stack(losses))
-                norm = float(
-                    gather(
-                        accelerator.clip_grad_norm_(
-                            lora_parameters(self._network).values(), settings.max_grad_norm
-                        )
-                    )
+                # DeepSpeed has cut the gradient and made its step by now; it tells the norm.
+                norm = accelerator.clip_grad_norm_(
+                    lora_parameters(self._network).values(), settings.max_grad_norm
                 )
+                norm = float(gather(torch.as_tensor(norm)))
                 self._check_finite(mean_loss, norm)
                 self._optimizer.step()
                 self._optimizer.zero_grad()
@@ -684,43 +691,25 @@ class _Training:
             return
         # A short training must not be held back by its start.
         decay = min(self._settings.ema, (1 + self.step) / (10 + self.step))
-        for key, parameter in lora_parameters(self._network).items():
-            self._average[key].lerp_(gather(parameter), 1 - decay)
+        for key, value in self._adapters.weights().items():
+            self._average[key].lerp_(value, 1 - decay)
 
     # --- state ---
 
     def _save(self) -> None:
         """Write a checkpoint; every process must call it."""
-        tensors = {f"lora/{key}": value for key, value in read_adapters(self._network).items()}
+        tensors = {f"lora/{key}": value for key, value in self._adapters.weights().items()}
         tensors |= {f"ema/{key}": value for key, value in self._average.items()}
-        for key, parameter in lora_parameters(self._network).items():
-            state = self._optimizer.state.get(parameter, {})
-            for name in _ADAM_STATE:
-                if name in state:
-                    tensors[f"{name}/{key}"] = gather(state[name])
+        tensors |= self._adapters.moments()
         with self._processes.stopping_together():
             if self._processes.is_main:
                 save_checkpoint(self._folder, self.step, tensors)
                 self._folder.drop_checkpoints(self._settings.keep_checkpoints)
 
-    def _restore(self, step: int) -> None:
-        """Go on from a checkpoint; every process must call it."""
+    def _read_checkpoint(self, step: int) -> dict[str, Tensor]:
+        """All tensors of a checkpoint; every process must call it."""
         with self._processes.stopping_together():
-            tensors = load_checkpoint(self._folder, step)
-        parts: dict[str, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            kind, _, key = name.partition("/")
-            parts.setdefault(kind, {})[key] = value
-        write_adapters(self._network, parts["lora"])
-        self._average = parts.get("ema", self._average)
-        for key, parameter in lora_parameters(self._network).items():
-            if key in parts.get(_ADAM_STATE[0], {}):
-                state = {name: scatter_like(parts[name][key], parameter) for name in _ADAM_STATE}
-                self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(step)),
-                    **{name: value.clone() for name, value in state.items()},
-                }
-        self.step = step
+            return load_checkpoint(self._folder, step)
 
     def finish(self, record: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
         """Write the result in the main process; every process must call it.
@@ -729,7 +718,7 @@ class _Training:
             Further facts.
         """
         settings, folder = self._settings, self._folder
-        adapters = self._average or read_adapters(self._network)
+        adapters = self._average or self._adapters.weights()
         if not self._processes.is_main:
             return {}
         rows = read_metrics(folder.metrics_path, self.step)
@@ -821,19 +810,32 @@ def _polite_interrupt(on_event: OnEvent) -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-def _compute_in(transformer: EverAnimateTransformer3DModel, accelerator: Accelerator) -> None:
+def _compute_in(
+    transformer: EverAnimateTransformer3DModel, device: torch.device, *, in_bf16: bool
+) -> None:
     """Let the network compute in the precision of the training, and nothing else.
 
     Not the VAE of a validation, then, which is float32 in `animate` too. Nor the time embedding:
     sampling computes it in float32. The other layers that diffusers keeps in float32 compute there
     by themselves.
     """
+    mixed = torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bf16)
     for name in ("forward", "embed_pose"):
-        setattr(transformer, name, accelerator.autocast()(getattr(transformer, name)))
+        setattr(transformer, name, mixed(getattr(transformer, name)))
     embedder = transformer.condition_embedder.time_embedder
     if embedder.linear_1.weight.dtype == torch.float32:
-        plain = torch.autocast(accelerator.device.type, enabled=False)
+        plain = torch.autocast(device.type, enabled=False)
         embedder.forward = plain(embedder.forward)
+
+
+def _part(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """Those of one kind in a checkpoint, by the names of the adapters' matrices."""
+    prefix = f"{kind}/"
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _stack(examples: Sequence[TrainingExample]) -> tuple[TrainingExample, Tensor]:

@@ -571,7 +571,7 @@ def open_cache(
     Args:
         settings: With `latent_cache`.
         clips: Of the dataset, in their order.
-        model_hash: `weights.checkpoint_hash`.
+        model_hash: `checkpoint.checkpoint_hash`.
         dtype: Of the network, in which tokens are stored.
 
     Returns:

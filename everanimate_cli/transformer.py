@@ -1,20 +1,28 @@
 """The Wan-Animate network with any number of identity slots.
 
 Weights, state dict and config are those of diffusers' `WanAnimateTransformer3DModel`; only the
-forward pass differs. What does not depend on the noise level and costs something (pose embedding,
-face tokens) is computed once per chunk by `embed_pose` and `embed_face` and handed to every step.
+forward pass differs. What does not depend on the noise level is computed once per chunk: pose
+embedding and face tokens by `embed_pose` and `embed_face`, and in the first step what a `Shared`
+then hands to the others.
 """
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan_animate import (
     WanAnimateTransformer3DModel,
     WanAttention,
 )
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
+
+from everanimate_cli.step_cache import StepCache
+
+if TYPE_CHECKING:
+    from everanimate_cli.context_parallel import ContextParallel, TokenShard
 
 # diffusers' WanAttnProcessor splits image from text tokens by this number, fixed in its source.
 NUM_TEXT_TOKENS = 512
@@ -35,8 +43,45 @@ class MergedContext(NamedTuple):
     image: Tensor | None
 
 
+class SharedTokens(NamedTuple):
+    """What the blocks of all steps read alike.
+
+    Attributes:
+        context: [B, 257 + 512, inner] image and text tokens, or with the padding merged.
+        rotary_emb: Cosines and sines [1, N, 1, d] of the tokens' positions.
+        pose_embeds: [B, inner, L, h/2, w/2], zero at the identity slots.
+        face_tokens: [B, L, N, inner], zero groups for the identity slots.
+        shard: Which tokens, positions and slots these are, where several processes compute one
+            chunk; of the pose all slots are kept.
+    """
+
+    context: "Tensor | MergedContext"
+    rotary_emb: tuple[Tensor, Tensor]
+    pose_embeds: Tensor
+    face_tokens: Tensor
+    shard: "TokenShard | None" = None
+
+
+@dataclass(kw_only=True)
+class Shared:
+    """What the steps of one chunk share, in one branch of guidance; made anew for each.
+
+    Attributes:
+        step_cache: Skips the blocks of some steps; None computes them all.
+        tokens: Filled by the first step.
+    """
+
+    step_cache: StepCache | None = None
+    tokens: SharedTokens | None = None
+
+
 class MergedPaddingAttnProcessor:
     """diffusers' `WanAttnProcessor` for cross attention to a `MergedContext`."""
+
+    # As on diffusers' processors: the kernel chosen, None for torch's own; and how tokens are
+    # spread over several cards, which cross attention does not mind.
+    _attention_backend: Any = None
+    _parallel_config: Any = None
 
     def __call__(
         self,
@@ -50,17 +95,20 @@ class MergedPaddingAttnProcessor:
         text, text_bias, image = encoder_hidden_states
 
         def split_heads(tokens: Tensor) -> Tensor:
-            return tokens.unflatten(2, (attn.heads, -1)).transpose(1, 2)  # [B, heads, N, d]
+            return tokens.unflatten(2, (attn.heads, -1))  # [B, N, heads, d]
+
+        def attend(key: Tensor, value: Tensor, bias: Tensor | None = None) -> Tensor:
+            backend = self._attention_backend
+            return dispatch_attention_fn(query, key, value, attn_mask=bias, backend=backend)
 
         query = split_heads(attn.norm_q(attn.to_q(hidden_states)))
         key, value = split_heads(attn.norm_k(attn.to_k(text))), split_heads(attn.to_v(text))
-        result = scaled_dot_product_attention(query, key, value, text_bias)
+        result = attend(key, value, text_bias)
         if image is not None:
             key = split_heads(attn.norm_added_k(attn.add_k_proj(image)))
             value = split_heads(attn.add_v_proj(image))
-            result = result + scaled_dot_product_attention(query, key, value)
-        result = result.transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](result))
+            result = result + attend(key, value)
+        return attn.to_out[1](attn.to_out[0](result.flatten(2)))
 
 
 class EverAnimateTransformer3DModel(WanAnimateTransformer3DModel):
@@ -74,6 +122,8 @@ class EverAnimateTransformer3DModel(WanAnimateTransformer3DModel):
     """
 
     _merges_padding = False
+    # Set where several processes compute one chunk; each then holds a part of the tokens.
+    _parallel: "ContextParallel | None" = None
 
     def merge_padding(self) -> None:
         """From now on let one token stand for all the padding of the prompt, as many as it is.
@@ -136,6 +186,7 @@ class EverAnimateTransformer3DModel(WanAnimateTransformer3DModel):
         encoder_hidden_states_image: Tensor | None,
         pose_embeds: Tensor,
         face_tokens: Tensor,
+        shared: Shared | None = None,
     ) -> Tensor:
         """Predict the velocity of all slots at one noise level.
 
@@ -152,6 +203,8 @@ class EverAnimateTransformer3DModel(WanAnimateTransformer3DModel):
                 without image attention.
             pose_embeds: [B, inner, T, h/2, w/2] from `embed_pose`.
             face_tokens: [B, T, N, inner] from `embed_face`.
+            shared: Given to all steps of a chunk whose inputs but the first two are the same. The
+                first step fills it, the others read those inputs from it.
 
         Returns:
             [B, C, L, h, w] velocity (noise - clean) in the network's dtype.
@@ -169,37 +222,86 @@ class EverAnimateTransformer3DModel(WanAnimateTransformer3DModel):
             )
         if encoder_hidden_states.shape[1] != NUM_TEXT_TOKENS:
             raise ValueError(f"need {NUM_TEXT_TOKENS} text tokens: {encoder_hidden_states.shape}")
-        rotary_emb = self.rope(hidden_states)
+        shared = shared or Shared()
+        if shared.tokens is None:
+            context = self._embed_context(
+                encoder_hidden_states.to(dtype), encoder_hidden_states_image
+            )
+            # Zero groups are not a no-op: after norm and projection the key/value bias remains.
+            face_tokens = pad(face_tokens, (0, 0, 0, 0, num_identity_slots, 0))
+            pose_embeds = pad(pose_embeds, (0, 0, 0, 0, num_identity_slots, 0))
+            rotary_emb = self.rope(hidden_states)
+            shared.tokens = self._shard(
+                SharedTokens(context, rotary_emb, pose_embeds, face_tokens), num_slots
+            )
+        tokens = shared.tokens
 
         hidden_states = self.patch_embedding(hidden_states.to(dtype))  # [B, inner, L, h/2, w/2]
         # Not in place: in training a hook may have made this output a leaf that requires grad.
-        hidden_states = hidden_states + pad(pose_embeds, (0, 0, 0, 0, num_identity_slots, 0))
+        hidden_states = hidden_states + tokens.pose_embeds
         hidden_states = hidden_states.flatten(2).transpose(1, 2).contiguous()  # [B, L*h*w/4, inner]
-        # Zero groups are not a no-op: after norm and projection the key/value bias remains.
-        face_tokens = pad(face_tokens, (0, 0, 0, 0, num_identity_slots, 0))  # [B, L, N, inner]
+        num_tokens = hidden_states.shape[1]
+        if tokens.shard is not None:
+            hidden_states = hidden_states[:, tokens.shard.tokens]
 
-        # Projecting text and image again in every step is 1e-4 of the work at 480p: not cached.
-        text_tokens = encoder_hidden_states.to(dtype)
-        time_embeds = self._embed_time(timestep, text_tokens)  # [B, inner]
+        time_embeds = self._embed_time(timestep, dtype, hidden_states.device)  # [B, inner]
         embedder = self.condition_embedder
         modulation = embedder.time_proj(embedder.act_fn(time_embeds)).unflatten(1, (6, -1))
-        context = self._embed_context(text_tokens, encoder_hidden_states_image)
 
-        for block_index, block in enumerate(self.blocks):
-            hidden_states = self._run(block, hidden_states, context, modulation, rotary_emb)
-            adapter_index, blocks_since = divmod(
-                block_index, self.config.inject_face_latents_blocks
-            )
-            if blocks_since == 0:
-                adapter = self.face_adapter[adapter_index]
-                face_update = self._run(adapter, hidden_states, face_tokens)
-                hidden_states = hidden_states + face_update.to(hidden_states.device)
+        def run_blocks(hidden_states: Tensor) -> Tensor:
+            return self._run_blocks(hidden_states, tokens, modulation)
+
+        if shared.step_cache is None:
+            hidden_states = run_blocks(hidden_states)
+        else:
+            total = None if self._parallel is None else self._parallel.total
+            hidden_states = shared.step_cache.apply(hidden_states, run_blocks, total=total)
 
         table = self.scale_shift_table.to(time_embeds.device) + time_embeds.unsqueeze(1)
         shift, scale = table.to(hidden_states.device).chunk(2, dim=1)  # [B, 1, inner] each
         normed = self.norm_out(hidden_states.float()) * (1 + scale) + shift
         patches = self.proj_out(normed.to(hidden_states.dtype))  # [B, L*h*w/4, p_t*p_h*p_w*C]
+        if self._parallel is not None:
+            patches = self._parallel.gather(patches, num_tokens)
         return self._unpatchify(patches, num_slots, height, width)
+
+    def _shard(self, tokens: SharedTokens, num_slots: int) -> SharedTokens:
+        """Of the shared tokens those of this process, where several compute one chunk."""
+        if self._parallel is None:
+            return tokens
+        cosines, sines = tokens.rotary_emb
+        shard = self._parallel.shard(cosines.shape[1], num_slots)
+        return tokens._replace(
+            rotary_emb=(cosines[:, shard.tokens], sines[:, shard.tokens]),
+            face_tokens=tokens.face_tokens[:, shard.slots],
+            shard=shard,
+        )
+
+    def _run_blocks(
+        self, hidden_states: Tensor, tokens: SharedTokens, modulation: Tensor
+    ) -> Tensor:
+        """All blocks and the face adapters between them: [B, N, inner] to [B, N, inner]."""
+        for block_index, block in enumerate(self.blocks):
+            hidden_states = self._run(
+                block, hidden_states, tokens.context, modulation, tokens.rotary_emb
+            )
+            adapter_index, blocks_since = divmod(
+                block_index, self.config.inject_face_latents_blocks
+            )
+            if blocks_since == 0:
+                adapter = self.face_adapter[adapter_index]
+                face_update = self._adapt(adapter, hidden_states, tokens)
+                hidden_states = hidden_states + face_update.to(hidden_states.device)
+        return hidden_states
+
+    def _adapt(
+        self, adapter: torch.nn.Module, hidden_states: Tensor, tokens: SharedTokens
+    ) -> Tensor:
+        """What a face adapter adds to the tokens."""
+        if tokens.shard is None:
+            return self._run(adapter, hidden_states, tokens.face_tokens)
+        filled = tokens.shard.fill_slots(hidden_states)
+        return tokens.shard.drop_filling(self._run(adapter, filled, tokens.face_tokens))
 
     def _embed_context(
         self, text_tokens: Tensor, image_tokens: Tensor | None
@@ -219,8 +321,10 @@ class EverAnimateTransformer3DModel(WanAnimateTransformer3DModel):
         text = embedder.text_embedder(text_tokens[:, :num_kept])
         return MergedContext(text=text, text_bias=bias, image=image_tokens)
 
-    def _embed_time(self, timestep: Tensor, text_tokens: Tensor) -> Tensor:
-        """Time embedding [B, inner] in the dtype and on the device of `text_tokens`."""
+    def _embed_time(
+        self, timestep: Tensor, network_dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Time embedding [B, inner] in the network's dtype."""
         embedder = self.condition_embedder
         if timestep.dtype == torch.float64:
             half = self.config.freq_dim // 2
@@ -231,9 +335,9 @@ class EverAnimateTransformer3DModel(WanAnimateTransformer3DModel):
             sinusoids = embedder.timesteps_proj(timestep)
         weight_dtype = embedder.time_embedder.linear_1.weight.dtype
         # Weights stored as integers (quantised) say nothing about the dtype to compute in.
-        dtype = weight_dtype if weight_dtype.is_floating_point else text_tokens.dtype
-        sinusoids = sinusoids.to(dtype=dtype).to(text_tokens.device)
-        return embedder.time_embedder(sinusoids).type_as(text_tokens)
+        dtype = weight_dtype if weight_dtype.is_floating_point else network_dtype
+        sinusoids = sinusoids.to(dtype=dtype).to(device)
+        return embedder.time_embedder(sinusoids).to(network_dtype)
 
     def _run(
         self, module: torch.nn.Module, *args: Tensor | tuple[Tensor, Tensor] | MergedContext

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Self
 
@@ -250,6 +251,7 @@ class VideoReader:
         self._decoder = _Decoder(path, examined)
         self._transform = transform
         self._cached: dict[int, Frames] = {}
+        self._lock = Lock()  # one thread reads ahead, another may read again
 
     def __len__(self) -> int:
         """Number of frames on the timeline, at least 1."""
@@ -274,7 +276,7 @@ class VideoReader:
         self._decoder.close()
 
     def read(self, indices: Sequence[int]) -> Frames:
-        """Frames of the timeline, in the order asked for.
+        """Frames of the timeline, in the order asked for; threads wait for one another.
 
         A run that goes on where the last one ended costs one decode per frame. Going back costs
         decoding from the key frame before the earliest frame of the call, once per call whatever
@@ -293,6 +295,10 @@ class VideoReader:
         positions = np.asarray(indices, np.int64)
         if positions.size and not 0 <= positions.min() <= positions.max() < len(self):
             raise IndexError(f"positions {positions.min()} to {positions.max()} of {len(self)}")
+        with self._lock:
+            return self._read(positions)
+
+    def _read(self, positions: Ticks) -> Frames:
         wanted = self._sampled[positions]  # [S] frame numbers in the file
         kept = set(list(dict.fromkeys(wanted[::-1].tolist()))[:_NUM_CACHED_FRAMES])
         cached: dict[int, Frames] = {}
@@ -379,6 +385,8 @@ def _examine(path: Path) -> _Examined:
         # Frames before the first one that decodes lean on pictures that were cut off.
         times = np.unique(packets.times[packets.times >= first.pts])
         damaged = packets.damaged
+        if not len(times):
+            raise DamagedError(path, 0)
     start = int(times[0])
     if damaged is not None:
         times = times[: max(1, int(np.searchsorted(times, damaged)))]
@@ -421,7 +429,8 @@ def _packet_times(container: InputContainer, stream: VideoStream) -> _PacketTime
     """Collect the time stamps of a stream without decoding it."""
     times, key_frames = array("q"), array("q")
     latest, last_duration, complete = None, 0, True
-    sure, damaged = 0, None
+    sure: int | None = None
+    damaged = None
     try:
         for packet in intact_packets(container, stream):
             if packet.pts is None:
@@ -429,15 +438,17 @@ def _packet_times(container: InputContainer, stream: VideoStream) -> _PacketTime
                 continue
             if packet.is_keyframe:
                 key_frames.append(packet.pts)
-            # A later packet is decoded later, so it cannot be shown before this time.
-            sure = (packet.pts if packet.dts is None else packet.dts) + (packet.duration or 0)
+            # A later packet is decoded later, so it cannot be shown before this time. Matroska does
+            # not know it of the first few packets.
+            if packet.dts is not None or sure is None:
+                sure = (packet.pts if packet.dts is None else packet.dts) + (packet.duration or 0)
             if packet.is_discard:
                 continue
             times.append(packet.pts)
             if latest is None or packet.pts > latest:
                 latest, last_duration = packet.pts, packet.duration or 0
     except TornError:
-        damaged = sure
+        damaged = sure or 0
     return _PacketTimes(
         times=np.sort(np.asarray(times, np.int64)),
         key_frames=np.unique(np.asarray(key_frames, np.int64)),
@@ -468,13 +479,23 @@ def _decoded_times(
     stamps = array("q")
     rising, damaged = True, False
     with open_container(path) as container:
+        stream = video_stream(container, path)
+
+        def frames() -> Iterator[VideoFrame]:
+            for packet in intact_packets(container, stream):
+                yield from packet.decode()
+            # Only now: of a torn file the decoder holds frames that others should have preceded.
+            yield from stream.decode(None)
+
         try:
-            for frame in container.decode(video_stream(container, path)):
+            for frame in frames():
                 stamp = -1 if frame.pts is None else frame.pts
                 rising = rising and frame.pts is not None and (not stamps or stamp > stamps[-1])
                 stamps.append(stamp)
-        except av.error.FFmpegError:
+        except (av.error.FFmpegError, TornError):
             damaged = True
+    if not stamps:
+        raise DamagedError(path, 0)
     times = np.asarray(stamps, np.int64)
     if not rising:
         times = np.arange(len(stamps)) * _usual_step(times[:1], stated_rates, time_base)

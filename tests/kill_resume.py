@@ -155,10 +155,17 @@ def _kill(
     process: BaseProcess, folder: Path, pattern: str | None, known: set[Path], delay_s: float
 ) -> None:
     """Kill a process some time after a file has come about, unless the process ends before."""
-    while pattern is not None and process.is_alive() and not set(folder.glob(pattern)) - known:
+    while pattern is not None and process.is_alive() and not _find(folder, pattern) - known:
         time.sleep(POLL_S)
     process.join(delay_s)
     process.kill()
+
+
+def _find(folder: Path, pattern: str) -> set[Path]:
+    try:
+        return set(folder.glob(pattern))
+    except FileNotFoundError:  # the run folder was removed while it was searched
+        return set()
 
 
 def _remove_new(folder: Path, inputs: set[Path]) -> None:

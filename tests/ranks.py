@@ -14,7 +14,8 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
@@ -22,6 +23,8 @@ from unittest import mock
 from studio import Outcome
 
 Failure = Literal["disk full", "clip gone", "not to be called"]
+# How several processes share the work: as accelerate lets them on GPUs.
+Sharing = Literal["ddp", "fsdp2", "fsdp2 offloading", "zero0", "zero1", "zero2", "zero3"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +33,16 @@ class Command:
 
     Attributes:
         words: Of the command line, after the program's name.
-        sharded: Whether the processes share the weights, as accelerate's FSDP2 lets them on GPUs.
+        sharing: What each process keeps; ZeRO needs the package deepspeed.
+        configuration: Further words of DeepSpeed's configuration.
         rank: The process in which something goes wrong; None for none.
         place: What raises there: `module.name` below the package.
         failure: What it raises.
     """
 
     words: list[str]
-    sharded: bool = False
+    sharing: Sharing = "ddp"
+    configuration: dict[str, Any] = field(default_factory=dict)
     rank: int | None = None
     place: str = ""
     failure: Failure = "not to be called"
@@ -59,21 +64,53 @@ def run_command(command: Command) -> Outcome:
 
 @contextmanager
 def _sharding(command: Command) -> Iterator[None]:
-    """Let accelerate believe in FSDP2 on the CPU, where it would take no notice of it."""
-    if not command.sharded:
+    """Let accelerate believe in FSDP2 or ZeRO on the CPU, where it would take no notice of them."""
+    if command.sharing == "ddp":
         yield
         return
+    from accelerate import PartialState  # noqa: PLC0415
+    from accelerate.utils import DistributedType  # noqa: PLC0415
+
+    is_zero = command.sharing.startswith("zero")
+    launch = partial(_launch_zero if is_zero else _launch_fsdp, command)
+    with mock.patch("everanimate_cli.training_processes.Accelerator", launch):
+        yield
+    # The processes stay for the next command, and accelerate takes over what they have been.
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+
+
+def _launch_fsdp(command: Command, **options: Any) -> Any:
     from accelerate import Accelerator, FullyShardedDataParallelPlugin  # noqa: PLC0415
     from accelerate.utils import DistributedType  # noqa: PLC0415
 
-    def launch(**options: Any) -> Accelerator:
-        accelerator = Accelerator(**options)
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-        accelerator.state.distributed_type = DistributedType.FSDP
-        return accelerator
+    accelerator = Accelerator(**options)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, cpu_offload=command.sharing == "fsdp2 offloading"
+    )
+    accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator
 
-    with mock.patch("everanimate_cli.training_processes.Accelerator", launch):
-        yield
+
+def _launch_zero(command: Command, **options: Any) -> Any:
+    from accelerate import Accelerator, DeepSpeedPlugin, PartialState  # noqa: PLC0415
+    from accelerate.utils import DistributedType  # noqa: PLC0415
+
+    accelerator = Accelerator(**options)
+    zero = {"stage": int(command.sharing[-1])} | command.configuration.get("zero_optimization", {})
+    configuration = command.configuration | {
+        "zero_optimization": zero,
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+    plugin = DeepSpeedPlugin(hf_ds_config=configuration)
+    plugin.set_mixed_precision(options["mixed_precision"])
+    plugin.select(_from_accelerator_state=True)
+    accelerator.state.distributed_type = DistributedType.DEEPSPEED
+    PartialState._shared_state["distributed_type"] = DistributedType.DEEPSPEED
+    accelerator.state.deepspeed_plugins = plugin
+    accelerator.deepspeed_engine_wrapped = None
+    os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # which would hold for the next command too
+    return accelerator
 
 
 @contextmanager

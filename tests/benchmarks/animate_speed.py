@@ -14,9 +14,11 @@ pixel       `animate` with `memory="pixel"`: the same network inputs in the same
             product's whole path with segments on disk, run folder and joining.
 latent      `animate` with the default memory, whose chunks have more slots.
 
-Seconds are wall time of all this but the imports and the loading of the weights. Ratios of time
-are taken between the neighbours of a round, and their median over the rounds counts, so that
-other work on the machine disturbs little. Peak memory is that of the process, libraries included.
+Seconds are wall time of all this but the imports and the loading of the weights. A step lasts from
+the end of the one before; the first of a chunk, before which much else is done, is not counted.
+Ratios of time are taken between the neighbours of a round, and their median over the rounds
+counts, so that other work on the machine disturbs little. Peak memory is that of the process,
+libraries included.
 """
 
 from __future__ import annotations
@@ -30,8 +32,8 @@ import resource
 import statistics
 import sys
 import tempfile
+import threading
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -41,7 +43,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import everanimate_cli
-from everanimate_cli.events import ChunkDone, Event
+from everanimate_cli.events import ChunkDone, Event, StepDone
 from everanimate_cli.settings import (
     CARRY_FRAMES,
     TEMPORAL_STRIDE,
@@ -62,6 +64,13 @@ SIDES = {
     "diffusers": "diffusers `WanAnimatePipeline`",
     "pixel": "everanimate `--memory pixel`",
     "latent": "everanimate `--memory latent`",
+}
+# Network -> its methods that compute.
+CALLS = {
+    "transformer": ("forward", "embed_pose", "embed_face"),
+    "vae": ("encode", "decode"),
+    "image_encoder": ("forward",),
+    "text_encoder": ("forward",),
 }
 SEED = 0
 OVERLAP = CARRY_FRAMES[0]  # of pixel memory
@@ -124,6 +133,8 @@ class Measurement:
         wall_s: From the input files to the video, without loading the weights.
         cpu_s: Processor time in `wall_s`, of all threads.
         networks_s: Network -> wall time of its calls in `wall_s`.
+        inside_s: Part of `wall_s` in which a network computed; two may do so at a time.
+        steps_s: Wall time of each step but the first of each chunk.
         chunks_s: Wall time of each chunk; empty for diffusers, which does not tell.
         peak_mib: Most memory of the process.
     """
@@ -133,8 +144,15 @@ class Measurement:
     wall_s: float
     cpu_s: float
     networks_s: dict[str, float]
+    inside_s: float
+    steps_s: list[float]
     chunks_s: list[float]
     peak_mib: float
+
+    @property
+    def step_s(self) -> float | None:
+        """Median seconds of a step; None where chunks have only one."""
+        return statistics.median(self.steps_s) if self.steps_s else None
 
     @property
     def chunk_s(self) -> float:
@@ -144,7 +162,7 @@ class Measurement:
     @property
     def outside_share(self) -> float:
         """Part of the time that passes outside the networks."""
-        return 1 - sum(self.networks_s.values()) / self.wall_s
+        return 1 - self.inside_s / self.wall_s
 
     @property
     def cost_ratio(self) -> float:
@@ -163,8 +181,13 @@ class Stopwatch:
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
-    networks_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
+    networks_s: dict[str, float] = field(default_factory=lambda: dict.fromkeys(CALLS, 0.0))
+    inside_s: float = 0.0
+    steps_s: list[float] = field(default_factory=list)
     _num_pauses: int = 0
+    _num_calls: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _step_ended_s: float = 0.0
 
     @contextmanager
     def runs(self) -> Iterator[None]:
@@ -188,29 +211,42 @@ class Stopwatch:
         self.wall_s += sign * time.perf_counter()
         self.cpu_s += sign * time.process_time()
 
-    def watch(self, networks: Any) -> None:
-        """Time all calls of a pipeline's networks from now on."""
-        calls = {
-            "transformer": ("forward", "embed_pose", "embed_face"),
-            "vae": ("encode", "decode"),
-            "image_encoder": ("forward",),
-            "text_encoder": ("forward",),
-        }
-        for name, methods in calls.items():
-            network = getattr(networks, name)
-            for method in methods:
+    def end_step(self, step_index: int) -> None:
+        """Note that a step of a chunk is over."""
+        now_s = time.perf_counter()
+        if step_index > 0:
+            self.steps_s.append(now_s - self._step_ended_s)
+        self._step_ended_s = now_s
+
+    def watch(self, **networks: Any) -> None:
+        """Time all calls of networks from now on; None and other parts of a pipeline pass."""
+        for name, network in networks.items():
+            for method in CALLS[name] if network is not None else ():
                 if hasattr(network, method):  # diffusers' transformer embeds within `forward`
                     setattr(network, method, self._timed(name, getattr(network, method)))
 
     def _timed(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(call)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            started_s = time.perf_counter()
-            result = call(*args, **kwargs)
-            self.networks_s[name] += time.perf_counter() - started_s
-            return result
+            started_s = self._count_call(1)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                ended_s = self._count_call(-1)
+                self.networks_s[name] += ended_s - started_s
 
         return timed
+
+    def _count_call(self, change: int) -> float:
+        """The time; what passes while any network computes is added to `inside_s`."""
+        with self._lock:
+            now_s = time.perf_counter()
+            if self._num_calls == 0:
+                self.inside_s -= now_s
+            self._num_calls += change
+            if self._num_calls == 0:
+                self.inside_s += now_s
+            return now_s
 
 
 def measure(job: Job) -> Measurement:
@@ -230,7 +266,9 @@ def measure(job: Job) -> Measurement:
         num_chunks=job.num_chunks,
         wall_s=watch.wall_s,
         cpu_s=watch.cpu_s,
-        networks_s=dict(watch.networks_s),
+        networks_s=watch.networks_s,
+        inside_s=watch.inside_s,
+        steps_s=watch.steps_s,
         chunks_s=chunks_s,
         peak_mib=peak / (2**20 if platform.system() == "Darwin" else 2**10),
     )
@@ -238,7 +276,7 @@ def measure(job: Job) -> Measurement:
 
 def run_everanimate(job: Job, watch: Stopwatch, chunks_s: list[float]) -> None:
     """Make the video with `animate`, as the command does."""
-    from everanimate_cli import weights  # noqa: PLC0415  # see `PRELOADED`
+    from everanimate_cli import checkpoint, placement, weights  # noqa: PLC0415  # see `PRELOADED`
     from everanimate_cli.animate import animate  # noqa: PLC0415
 
     settings = AnimateSettings(
@@ -261,17 +299,27 @@ def run_everanimate(job: Job, watch: Stopwatch, chunks_s: list[float]) -> None:
             with watch.pauses():
                 result = call(*args, **kwargs)
                 if call is load_pipeline:
-                    watch.watch(result)
+                    watch.watch(**{name: getattr(result, name) for name in CALLS})
+                elif call is load_text_encoder:
+                    watch.watch(text_encoder=result[0])
                 return result
 
         return paused
 
-    load_pipeline = weights.load_pipeline
-    for name in ("check_checkpoint", "read_geometry", "checkpoint_hash", "load_pipeline"):
-        setattr(weights, name, not_timed(getattr(weights, name)))
+    load_pipeline, load_text_encoder = weights.load_pipeline, weights.load_text_encoder
+    for module, name in (
+        (checkpoint, "check_checkpoint"),
+        (checkpoint, "checkpoint_hash"),
+        (placement, "read_sizes"),
+        (weights, "load_pipeline"),
+        (weights, "load_text_encoder"),
+    ):
+        setattr(module, name, not_timed(getattr(module, name)))
 
     def listen(event: Event) -> None:
-        if isinstance(event, ChunkDone):
+        if isinstance(event, StepDone):
+            watch.end_step(event.step_index)
+        elif isinstance(event, ChunkDone):
             chunks_s.append(event.seconds)
 
     with watch.runs():
@@ -313,7 +361,12 @@ def run_diffusers(job: Job, watch: Stopwatch) -> None:
     pipeline = OurNoise.from_pretrained(job.model, dtype=torch.float32, local_files_only=True)
     pipeline.scheduler = OurNoiseLevels(shift=1.0)
     pipeline.set_progress_bar_config(disable=True)
-    watch.watch(pipeline)
+    watch.watch(**{name: getattr(pipeline, name) for name in CALLS})
+
+    def end_step(_: Any, step_index: int, *_others: Any) -> dict[str, Any]:
+        watch.end_step(step_index)
+        return {}
+
     with watch.runs():
         pictures = {}
         for name in ("pose", "face"):
@@ -333,6 +386,7 @@ def run_diffusers(job: Job, watch: Stopwatch) -> None:
             prev_segment_conditioning_frames=OVERLAP,
             num_inference_steps=job.steps,
             guidance_scale=1.0,
+            callback_on_step_end=end_step,
         ).frames[0]  # [S, H, W, 3] float32 in [0, 1]
         with VideoWriter(
             job.output, height=defaults.height, width=defaults.width, rate=defaults.fps
@@ -406,6 +460,8 @@ class Row:
         chunk_cpu_s: Processor seconds per chunk, which other work on the machine changes less.
         frame_s: Seconds per frame of the video.
         time_ratio: Seconds over those of diffusers in the same round.
+        step_s: Seconds of a step; None where chunks have only one.
+        step_ratio: Seconds of a step over those of diffusers in the same round.
         networks_s: Network -> seconds per chunk.
         outside_share: Part of the time that passes outside the networks.
         cost_ratio: Last quarter of the chunks over the first; None for diffusers.
@@ -419,6 +475,8 @@ class Row:
     chunk_cpu_s: float
     frame_s: float
     time_ratio: float
+    step_s: float | None
+    step_ratio: float | None
     networks_s: dict[str, float]
     outside_share: float
     cost_ratio: float | None
@@ -435,7 +493,8 @@ def summarise(jobs: Sequence[Job], rounds: Sequence[Sequence[Measurement]]) -> l
     rows = []
     for index, job in enumerate(jobs):
         made = [one_round[index] for one_round in rounds]
-        neighbours = zip(made, of_diffusers[job.num_chunks], strict=True)
+        neighbours = list(zip(made, of_diffusers[job.num_chunks], strict=True))
+        steps_s = [(a.step_s, b.step_s) for a, b in neighbours if a.step_s and b.step_s]
         has_costs = job.side != "diffusers"
         rows.append(
             Row(
@@ -446,6 +505,12 @@ def summarise(jobs: Sequence[Job], rounds: Sequence[Sequence[Measurement]]) -> l
                 chunk_cpu_s=statistics.median(one.cpu_s for one in made) / job.num_chunks,
                 frame_s=statistics.median(one.wall_s for one in made) / job.num_frames,
                 time_ratio=statistics.median(a.wall_s / b.wall_s for a, b in neighbours),
+                step_s=statistics.median(ours for ours, _ in steps_s) if steps_s else None,
+                step_ratio=(
+                    statistics.median(ours / theirs for ours, theirs in steps_s)
+                    if steps_s
+                    else None
+                ),
                 networks_s={
                     name: statistics.median(one.networks_s[name] for one in made) / job.num_chunks
                     for name in made[0].networks_s
@@ -473,6 +538,14 @@ def check(rows: Sequence[Row]) -> list[dict[str, Any]]:
                 )
                 for row in of_side
             ]
+            if longest.step_ratio is not None:
+                targets.append(
+                    (
+                        f"time per step over diffusers', {longest.num_chunks} chunks, pixel",
+                        longest.step_ratio,
+                        MAX_TIME_RATIO,
+                    )
+                )
         span = f"{longest.num_chunks} chunks over {shortest.num_chunks}"
         assert longest.cost_ratio is not None
         targets += [
@@ -512,6 +585,8 @@ def lay_out_rows(rows: Sequence[Row]) -> str:
         "chunks",
         "s / chunk",
         "over diffusers",
+        "ms / step",
+        "over diffusers",
         "CPU s / chunk",
         "ms / frame",
         "transformer ms",
@@ -530,6 +605,8 @@ def lay_out_rows(rows: Sequence[Row]) -> str:
                 f"{row.num_chunks}",
                 f"{row.chunk_s:.3f}",
                 f"{row.time_ratio:.2f}",
+                "" if row.step_s is None else f"{1000 * row.step_s:.1f}",
+                "" if row.step_ratio is None else f"{row.step_ratio:.2f}",
                 f"{row.chunk_cpu_s:.3f}",
                 f"{1000 * row.frame_s:.1f}",
                 f"{spent_ms['transformer']:.0f}",

@@ -246,9 +246,9 @@ def sha256(path: Path) -> str:
 
 def model_hash(model: str) -> str:
     """Fingerprint of the base."""
-    from everanimate_cli import hub, weights  # noqa: PLC0415
+    from everanimate_cli import checkpoint, hub  # noqa: PLC0415
 
-    return weights.checkpoint_hash(hub.locate_model(model, lambda _event: None))
+    return checkpoint.checkpoint_hash(hub.locate_model(model, lambda _event: None))
 
 
 # --- stage: dataset ------------------------------------------------------------------------------

@@ -1,17 +1,19 @@
 """`everanimate eval` on the toy drift set: ours, diffusers' own pipeline, the VAE's ceiling.
 
-    python tests/benchmarks/drift_eval.py --work DIR [--characters 1] [--seconds 90]
+    python tests/benchmarks/drift_eval.py --work DIR [--characters 1] [--seconds 90] \
+        [--report drift_report.html]
 
 For each kind of camera it renders held-out characters of `drift.py` (truth, pose, face, reference),
 animates them with the toy model through `everanimate animate` and through diffusers'
 `WanAnimatePipeline` (image-space carry of one frame, the same noise levels and noise), sends the
-truth through the VAE, and lets `everanimate eval` compare the three: DIR/report.html,
-DIR/eval.json and a table on stdout. Videos that are there already are kept.
+truth through the VAE, and lets `everanimate eval` compare the three: DIR/report.html (pictures, no
+videos), DIR/eval.json and a table on stdout. Videos that are there already are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
 import shutil
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 STEPS = drift.NUM_STEPS
 CRF = 6  # what the encoder adds must not decide
+OVERLAPS = {"diffusers": animate_speed.OVERLAP}  # where it is not the model's
 MARGIN_FRAMES = 40  # diffusers makes whole chunks only
 
 
@@ -114,8 +117,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--characters", type=int, default=1, help="before each camera")
     parser.add_argument("--seconds", type=float, default=90.0)
+    parser.add_argument("--report", type=Path, help="copy of the report")
     options = parser.parse_args()
-    rows = []
+    rows: list[dict[str, object]] = []
     for camera in drift.CAMERAS:
         model = model_before(options.work, camera)
         defaults = read_model_defaults(model)
@@ -136,22 +140,31 @@ def main() -> None:
                 if not path.exists():
                     print(f"{folder.name}: {method}", flush=True)
                     make(path)
-                truth, reference = folder / "truth.mp4", folder / "reference.png"
-                rows.append((path, method, folder.name, truth, reference))
-    manifest = options.work / "eval.csv"
-    with manifest.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("generated", "method", "sample", "truth", "reference"))
-        writer.writerows(
-            [str(Path(value).relative_to(options.work)) if isinstance(value, Path) else value
-             for value in row]
-            for row in rows
-        )  # fmt: skip
-    words = ["eval", "--manifest", str(manifest), "--model", "toy", "--overwrite", "--quiet"]
-    words += ["-o", str(options.work / "eval.json"), "--pose-model", "toy"]
-    # diffusers makes whole chunks, and so a little more than was asked for.
-    words += ["--horizons", "0-10,10-30,30-60,60-90"]
-    raise SystemExit(everanimate([*words, "--report", str(options.work / "report.html")]))
+                rows.append(
+                    {
+                        "generated": f"{folder.name}/{method}.mp4",
+                        "method": method,
+                        "sample": folder.name,
+                        "truth": f"{folder.name}/truth.mp4",
+                        "reference": f"{folder.name}/reference.png",
+                        "frames_per_chunk": defaults.frames_per_chunk,
+                        "overlap": OVERLAPS.get(method, defaults.overlap),
+                    }
+                )
+    # From within, so that the page names files as the list does.
+    with contextlib.chdir(options.work):
+        with Path("eval.csv").open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        words = ["eval", "--manifest", "eval.csv", "--model", "toy", "--overwrite", "--quiet"]
+        words += ["-o", "eval.json", "--pose-model", "toy"]
+        # diffusers makes whole chunks, and so a little more than was asked for.
+        words += ["--horizons", "0-10,10-30,30-60,60-90"]
+        code = everanimate([*words, "--report", "report.html", "--report-media", "stills"])
+    if options.report is not None and not code:
+        shutil.copyfile(options.work / "report.html", options.report)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -72,8 +72,7 @@ FPS = 30
 DETECT_EVERY = ExtractSettings(video=Path()).detect_every
 CANVAS = (HUB_PRESET.height, HUB_PRESET.width)
 FACE_SIZE = HUB_PRESET.face_size
-# Both sides encode alike, so that no difference is one of quality.
-CRF, PRESET = ExtractSettings(video=Path()).crf, "medium"
+CRF = ExtractSettings(video=Path()).crf
 SEED = 4_000_000  # people whom the embedded models have not seen
 
 # Interfaces of YOLOX-m and RTMW-l.
@@ -450,6 +449,7 @@ def run_rtmlib(video: Path, output: Path, networks: Networks, threads: int) -> d
     from PIL import Image  # noqa: PLC0415
 
     from everanimate_cli import skeleton  # noqa: PLC0415
+    from everanimate_cli.pose_folder import PRESETS  # noqa: PLC0415
 
     detector, pose = open_rtmlib(networks, threads)
     output.mkdir(exist_ok=True)
@@ -459,8 +459,10 @@ def run_rtmlib(video: Path, output: Path, networks: Networks, threads: int) -> d
         av.open(output / "face.mp4", "w") as face_file,
     ):
         streams = []
-        quality = {"crf": str(CRF), "preset": PRESET}
-        for file, size in ((pose_file, CANVAS), (face_file, (FACE_SIZE, FACE_SIZE))):
+        sizes = {"pose": CANVAS, "face": (FACE_SIZE, FACE_SIZE)}
+        for file, (name, size) in zip((pose_file, face_file), sizes.items(), strict=True):
+            # Both sides encode alike, so that no difference is one of quality.
+            quality = {"crf": str(CRF), "preset": PRESETS[name]}
             stream = file.add_stream("libx264", rate=Fraction(FPS), options=quality)
             stream.height, stream.width, stream.pix_fmt = *size, "yuv420p"
             streams.append((file, stream))

@@ -111,6 +111,20 @@ def test_json_tells_what_was_made(animate: Animate) -> None:
         "model": "tiny",
         "device": "cpu",
         "dtype": "float32",
+        "placement": {
+            "precision": "full",
+            "offload": "none",
+            "vae_tiling": "off",
+            "text_device": "device",
+        },
+        "loras": [],
+        "speed": {
+            "steps": "2",
+            "guidance": "off",
+            "attention": "sdpa",
+            "compile": "off",
+            "step_cache": "off",
+        },
         "audio": "copied",
         "settings_file": "anna.json",
     }
@@ -173,8 +187,15 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(animate: Animate, place: Pa
         "model: tiny",
         "device: cpu",
         "dtype: float32",
+        "placement: precision full, offload none, vae tiling off, text device device",
+        "loras: none",
+        "speed: steps 2, guidance off, attention sdpa, compile off, step cache off",
         "weights: transformer 0.7, vae 0.6, text encoder 0.1, image encoder 0.1 MiB",
+        "phases: text 0, encode 4, denoise 2, decode 4 MiB",
         "estimated memory: 4 MiB",
+        "main memory: 0 MiB",
+        "loading: 1 MiB",
+        "disk: 0 MiB",
     ]
     plan = json.loads(animate("--dry-run", "--seconds", "10", "--json").out)
     assert plan["chunks"] == 25

@@ -74,14 +74,29 @@ OTHER_OPTIONS = [
     "png",
     "device",
 ]
+# In `test_models`.
+MODEL_OPTIONS = ["transformer"]
+# In `test_placement_options`.
+CARD_OPTIONS = ["vram", "precision", "offload", "vae_tiling", "text_device"]
+# In `test_lora_options`.
+LORA_OPTIONS = ["lora_mode"]
+# In `test_animate_processes`.
+PROCESS_OPTIONS = ["parallel", "spare_rank"]
 # In `test_animate_raw`.
 RAW_OPTIONS = ["pose_model", "detector", "person", "select", "retarget", "pose_folder"]
+# In `test_speed_options`.
+SPEED_OPTIONS = [
+    *("fast", "attention", "compile", "step_cache", "step_cache_threshold", "concurrent"),
+]
 # In `test_animate` and `test_resume`.
 RUN_OPTIONS = ["resume", "overwrite", "keep_run", "dry_run"]
 
 
 def test_every_option_has_its_test() -> None:
-    tested = {*OTHER_OPTIONS, *RAW_OPTIONS, *RUN_OPTIONS}
+    tested = {
+        *(*CARD_OPTIONS, *OTHER_OPTIONS, *LORA_OPTIONS, *PROCESS_OPTIONS, *RAW_OPTIONS),
+        *(*MODEL_OPTIONS, *SPEED_OPTIONS, *RUN_OPTIONS),
+    }
     words = {word for words in PICTURE_OPTIONS for word in words}
     assert words >= {
         option_name(item.name) for item in fields(AnimateSettings) if item.name not in tested

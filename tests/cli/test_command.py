@@ -36,7 +36,10 @@ class Worker:
         self.calls: list[Any] = []
         self.error: BaseException | None = None
 
-    def __call__(self, settings: AnimateSettings | DemoSettings, on_event: OnEvent) -> Result:
+    def __call__(
+        self, settings: AnimateSettings | DemoSettings, on_event: OnEvent, processes: None = None
+    ) -> Result:
+        assert processes is None  # no launcher started this one
         self.calls.append(settings)
         on_event(Note(text="a note"))
         on_event(ChunkStarted(chunk_index=0, num_chunks=1, num_steps=1))
@@ -80,6 +83,7 @@ OPTIONS: dict[str, tuple[list[str], object]] = {
         ["--lora", "a.safetensors=0.5", "--lora", "o/n/b.safetensors"],
         (LoraSpec("a.safetensors", 0.5), LoraSpec("o/n/b.safetensors")),
     ),
+    "lora_mode": (["--lora-mode", "separate"], "separate"),
     "view": (["--view", "back.png", "--view", "anna.png"], (Path("back.png"), Path("anna.png"))),
     "size": (["--size", "96x64"], "96x64"),
     "fit": (["--fit", "cover"], "cover"),
@@ -102,8 +106,20 @@ OPTIONS: dict[str, tuple[list[str], object]] = {
     "codec": (["--codec", "h265"], "h265"),
     "crf": (["--crf", "30"], 30),
     "png": (["--png", "frames"], Path("frames")),
+    "transformer": (["--transformer", "a.safetensors"], Path("a.safetensors")),
     "device": (["--device", "cpu"], "cpu"),
     "dtype": (["--dtype", "float32"], "float32"),
+    "vram": (["--vram", "24"], "24"),
+    "precision": (["--precision", "fp8"], "fp8"),
+    "offload": (["--offload", "group"], "group"),
+    "vae_tiling": (["--vae-tiling", "on"], "on"),
+    "text_device": (["--text-device", "cpu"], "cpu"),
+    "fast": (["--fast"], True),
+    "attention": (["--attention", "sdpa"], "sdpa"),
+    "compile": (["--compile"], True),
+    "step_cache": (["--step-cache", "mag"], "mag"),
+    "step_cache_threshold": (["--step-cache", "mag", "--step-cache-threshold", "0.1"], 0.1),
+    "concurrent": (["--no-concurrent"], False),
     "resume": (["--no-resume"], False),
     "overwrite": (["--overwrite"], True),
     "keep_run": (["--keep-run"], True),
@@ -145,7 +161,8 @@ def test_pose_and_face_stand_in_for_the_driving_folder(worker: Worker) -> None:
 
 def test_every_field_has_its_option() -> None:
     names = {item.name for item in fields(AnimateSettings)}
-    assert {*OPTIONS, *RAW_OPTIONS, "pose", "face"} == names
+    # Options for several processes are refused to a single one, see test_animate_processes.
+    assert {*OPTIONS, *RAW_OPTIONS, "pose", "face", "parallel", "spare_rank"} == names
 
 
 def test_options_not_given_keep_the_defaults_of_the_settings(worker: Worker) -> None:

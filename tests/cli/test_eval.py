@@ -16,6 +16,7 @@ from studio import Outcome
 
 from everanimate_cli import evaluation
 from everanimate_cli.cli import main
+from everanimate_cli.encode import VideoWriter
 from everanimate_cli.eval_result import EvalPlan
 from everanimate_cli.eval_settings import EvalSettings
 from everanimate_cli.images import write_png
@@ -67,6 +68,7 @@ OPTIONS: dict[str, tuple[list[str], object]] = {
     "reference": (["anna.mkv", "--reference", "anna.png"], Path("anna.png")),
     "driving": (["anna.mkv", "--driving", "dance_pose"], Path("dance_pose")),
     "start": (["anna.mkv", "--start", "1:02.5"], 62.5),
+    "extend": (["anna.mkv", "--extend", "loop"], "loop"),
     "resize": (["anna.mkv", "--resize", "cover"], "cover"),
     "horizons": (["anna.mkv", "--horizons", "paper"], "paper"),
     "metrics": (["anna.mkv", "--metrics", "psnr,ssim"], "psnr,ssim"),
@@ -85,6 +87,7 @@ OPTIONS: dict[str, tuple[list[str], object]] = {
     "csv": (["anna.mkv", "--csv", "out.csv"], Path("out.csv")),
     "plot": (["anna.mkv", "--plot", "out.png"], Path("out.png")),
     "report": (["anna.mkv", "--report", "out.html"], Path("out.html")),
+    "report_media": (["anna.mkv", "--report-media", "stills"], "stills"),
     "overwrite": (["anna.mkv", "--overwrite"], True),
     "dry_run": (["anna.mkv", "--dry-run"], True),
 }
@@ -296,16 +299,22 @@ def test_an_interruption_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyP
 def test_person_and_background_with_the_toy_models(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A dance against itself: every joint in its place, and a person like the first frame's."""
+    """A dance and its way back against itself: every joint is in its place.
+
+    The way back goes on after the end of the driving.
+    """
     write_dance_video(place / "dance.mp4", num_frames=26, height=128, width=192)
     words = ["extract-pose", "dance.mp4", "--pose-model", "toy", "-q"]
     assert main([*words, "--size", "192x128", "--fps", "12.5"]) == 0
-    write_png(place / "anna.png", decode_video(place / "dance.mp4")[1][0])
+    frames = decode_video(place / "dance.mp4")[1]
+    with VideoWriter(place / "there.mp4", height=128, width=192, rate=12.5, crf=8) as writer:
+        writer.write(np.concatenate([frames, frames[-2::-1]]))
+    write_png(place / "anna.png", decode_video(place / "there.mp4")[1][0])
     capsys.readouterr()
     metrics = "identity,background_psnr,pose_pck,pose_pck_strict,pose_distance"
-    words = ["eval", "dance.mp4", "--driving", "dance_pose", "--reference", "anna.png"]
+    words = ["eval", "there.mp4", "--driving", "dance_pose", "--reference", "anna.png"]
     words += ["--model", "toy", "--metrics", metrics, "--baseline", "1", "--json", "-q"]
-    assert main([*words, "--sample-fps", "4"]) == 0
+    assert main([*words, "--sample-fps", "2.5", "--extend", "pingpong"]) == 0
     found = json.loads(capsys.readouterr().out)["methods"][0]["metrics"]
     assert {name: entry["unavailable"] for name, entry in found.items()} == dict.fromkeys(
         METRICS.keys() & found.keys()
@@ -316,7 +325,9 @@ def test_person_and_background_with_the_toy_models(
     assert found["identity"]["per_frame"][0] == pytest.approx(1, abs=1e-3)
     assert 0 < found["identity"]["overall"] < 1
     assert found["background_psnr"]["overall"] > 30
-    assert sum(value is not None for value in found["identity"]["per_frame"]) == 9
+    for name in ("identity", "pose_pck"):
+        places = [index for index, v in enumerate(found[name]["per_frame"]) if v is not None]
+        assert places == list(range(0, 51, 5)), name
 
 
 def test_a_model_that_is_not_here_is_a_row(

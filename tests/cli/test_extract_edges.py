@@ -385,6 +385,7 @@ def test_everybody_has_a_number_and_a_place(
         # On the first frames the pose may still lean on a neighbour's arm.
         assert error_px("trio_pose", scenes["trio"], actor) < 2.5
         assert len(set(arrays("trio_pose")["persons"].tolist())) == 1
+        assert record("trio_pose")["people"] == 3
     assert refused("trio.mp4", "--overwrite", "--person", "3") == (
         "error: --person 3 was given, but 3 persons were found. "
         "Give a number from 0 to 2; --list-persons shows them."
@@ -396,6 +397,29 @@ def test_everybody_has_a_number_and_a_place(
     assert refused("trio.mp4", "--person", "1", "--select", "left") == (
         "error: --person 1 and --select left exclude each other. Give one of them."
     )
+
+
+OUT, IN = (1.4, 0.0, 0.9), (0.0, 0.0, 0.9)
+PAIRS = {
+    # Who stood in front was taken for who was hidden, who then counted as somebody new.
+    "cross": (
+        (5, (0.8, -0.3, 0.0, 0.76), (2.6, 0.3, 0.0, 0.76)),
+        (35, (0.8, 0.3, 0.0, 0.7), (2.6, -0.3, 0.0, 0.7)),
+    ),
+    # Half an arm at the edge was a person for one look.
+    "leave": ((0, (0.8, *IN), (1.2, *OUT), (1.8, *OUT), (2.2, *IN)), (30, (0, -0.33, 0.0, 0.7))),
+    "enter": ((0, (0, -0.25, 0.0, 0.8)), (30, (1.6, 1.4, 0.0, 0.7), (2.4, 0.3, 0.0, 0.7))),
+}
+
+
+@pytest.mark.parametrize("name", list(PAIRS))
+def test_two_people_are_listed_as_two(run: Run, name: str) -> None:
+    actors = [dancer(number, *path) for number, *path in PAIRS[name]]
+    room = 5 if name == "cross" else 0
+    frames = group_frames(actors, 42, height=112, width=192, room=room)
+    write_group_video(Path("pair.mp4"), frames)
+    people = json.loads(run("pair.mp4", "--list-persons", "--json").out)
+    assert [person["number"] for person in people] == [0, 1]
 
 
 def test_somebody_who_comes_later_can_be_chosen(run: Run) -> None:
@@ -714,6 +738,31 @@ def test_a_video_damaged_in_the_middle(run: Run, refused: Refused, name: str) ->
             "error: VIDEO torn.mp4 is damaged at 0.800 s. Convert the file anew, or use the part "
             "before it."
         )
+
+
+@pytest.mark.parametrize("suffix", ["mkv", "webm", "avi"])
+def test_a_recording_that_is_cut_off(
+    run: Run, scenes: dict[str, list[GroupFrame]], suffix: str
+) -> None:
+    """Without a list of packets it passed for a shorter video."""
+    kind = {"webm": KINDS["web.webm"], "avi": KINDS["camera.avi"]}.get(suffix, {"options": SHARP})
+    whole = write_media(Path(f"film.{suffix}"), pixels(scenes["one"]), rate=RATE, **kind)
+    _, position, size = packet_positions(whole)[9]
+    cut_file(whole, Path(f"cut.{suffix}"), position + size // 2)
+    done = run(f"cut.{suffix}")
+    kept = record("cut_pose")["num_frames"]
+    time_s = record("cut_pose")["damaged_s"]
+    assert 7 <= kept <= 9
+    assert time_s == pytest.approx(kept / RATE, abs=2e-3)
+    assert (done.code, done.out) == (1, "")
+    assert told(done) == [
+        f"cut.{suffix} is damaged at {time_s:.3f} s: only the part before",
+        f"error: VIDEO cut.{suffix} is damaged at {time_s:.3f} s. The {kept} frames before it are "
+        "in cut_pose.",
+    ]
+    assert run(f"film.{suffix}", "--end", str(float(kept / RATE))).code == 0
+    for name in ("pose.mp4", "face.mp4", "keypoints.npz"):
+        assert Path("cut_pose", name).read_bytes() == Path("film_pose", name).read_bytes()
 
 
 def test_a_damaged_video_stays_damaged_when_it_is_continued(
@@ -1176,6 +1225,7 @@ def test_quiet_and_json(run: Run) -> None:
         "size": "96x64",
         "source_size": "128x96",
         "pose_model": "toy",
+        "people": 1,
         "frames_without_person": 8,
         "frames_filled": 2,
         "frames_without_face": 8,

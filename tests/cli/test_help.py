@@ -12,6 +12,7 @@ import pytest
 
 from everanimate_cli.cli import DEMO_HELP, RUNS_HELP, main
 from everanimate_cli.cli_animate import ANIMATE_HELP
+from everanimate_cli.cli_doctor import DOCTOR_HELP
 from everanimate_cli.cli_extract import EXTRACT_HELP
 from everanimate_cli.cli_train import TRAIN_HELP
 from everanimate_cli.eval_settings import EvalSettings
@@ -75,6 +76,8 @@ def test_options_are_grouped(animate_page: str) -> None:
         "Picture",
         "Sampling",
         "Memory between chunks",
+        "Memory of the card",
+        "Speed",
         "Result",
         "Run",
     ]
@@ -185,6 +188,7 @@ def test_the_program_lists_its_commands() -> None:
     assert re.search(r"^│ animate +Animate the character", page, re.MULTILINE)
     assert re.search(r"^│ extract-pose +Turn VIDEO into", page, re.MULTILINE)
     assert re.search(r"^│ train-lora +Train a LoRA on videos", page, re.MULTILINE)
+    assert re.search(r"^│ doctor +Say what this machine has", page, re.MULTILINE)
     assert re.search(r"^│ demo +Render a character and a dance", page, re.MULTILINE)
     assert re.search(r"^│ runs +List the runs in FOLDER", page, re.MULTILINE)
 
@@ -207,6 +211,7 @@ def test_all_commands_give_examples() -> None:
     assert len(examples(EXTRACT_HELP)) >= 3
     assert len(examples(TRAIN_HELP)) >= 3
     assert len(examples(DEMO_HELP)) >= 2
+    assert len(examples(DOCTOR_HELP)) >= 3
     assert len(examples(RUNS_HELP)) >= 2
 
 

@@ -179,6 +179,29 @@ def test_the_page_renders_without_a_complaint(page: Path, tmp_path: Path) -> Non
         assert (pixels == wanted).all(1).sum() > 50, colour
 
 
+def test_a_page_of_stills_renders_without_a_complaint(page: Path, tmp_path: Path) -> None:
+    videos = {"one": page.with_name("0.mp4")}
+    facts = method("one", num_frames=NUM_FRAMES, chunk_joins=range(JOIN, NUM_FRAMES, 8))
+    path = tmp_path / "stills.html"
+    write_report(
+        evaluation(facts),
+        path,
+        videos=videos,
+        truth=videos["one"],
+        reference=page.with_name("anna.png"),
+        driving=None,
+        media="stills",
+    )
+    picture = tmp_path / "page.png"
+    seen = visit(path, (1280, 8000), tmp_path / "profile", f"--screenshot={picture}")
+    assert seen.complaints == []
+    with Image.open(picture) as shot:
+        pixels = np.asarray(shot.convert("RGB")).astype(int)
+    # The reference is drawn, and so are the sheets: a page without pictures is hardly coloured.
+    assert (np.abs(pixels[:400] - (200, 90, 40)) <= 4).all(-1).sum() > 1000
+    assert (np.ptp(pixels[3000:], axis=-1) > 20).mean() > 0.02
+
+
 def test_everything_is_there_on_a_phone(page: Path, tmp_path: Path) -> None:
     told = measured(page, PHONE, tmp_path / "profile")
     assert told["window"] == list(PHONE)

@@ -40,11 +40,11 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, num_chunks: int, error: BaseExce
     """Let the next run fail when it begins the chunk after so many."""
     generate = Rollout._conditioning
 
-    def conditioning(rollout: Rollout, state: Any) -> Any:
+    def conditioning(rollout: Rollout, state: Any, *driving: Any) -> Any:
         if state.next_chunk == num_chunks:
             monkeypatch.setattr(Rollout, "_conditioning", generate)
             raise error
-        return generate(rollout, state)
+        return generate(rollout, state, *driving)
 
     monkeypatch.setattr(Rollout, "_conditioning", conditioning)
 
@@ -54,9 +54,9 @@ def count_chunks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     made: list[int] = []
     generate = Rollout._conditioning
 
-    def conditioning(rollout: Rollout, state: Any) -> Any:
+    def conditioning(rollout: Rollout, state: Any, *driving: Any) -> Any:
         made.append(state.next_chunk)
-        return generate(rollout, state)
+        return generate(rollout, state, *driving)
 
     monkeypatch.setattr(Rollout, "_conditioning", conditioning)
     return made
@@ -165,12 +165,13 @@ def test_a_full_disk_keeps_what_is_finished(
     animate: Animate, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ("--frames", "10", "--steps", "1")
+    assert animate("-o", "whole.mp4", *words).code == 0  # from now on the prompt is in the cache
     disk = Disk(monkeypatch)
-    assert animate("-o", "whole.mp4", *words).code == 0
+    assert animate("-o", "whole.mp4", *words, "--overwrite").code == 0
     num_writes = disk.num_writes
-    # The request, two chunks of two files, the joined video and its place, its settings and theirs;
-    # each file and then its folder.
-    assert num_writes == 2 * (1 + 4) + 3 + 3
+    # The request, the prompt, two chunks of two files, the joined video and its place, its settings
+    # and theirs; each file and then its folder.
+    assert num_writes == 2 * (2 + 4) + 3 + 3
     for last_write in range(0, num_writes, 4):
         disk.num_writes, disk.last_write = 0, last_write
         stopped = animate("-o", ANNA, *words)

@@ -99,7 +99,7 @@ def tree(folder: Path) -> list[str]:
         (
             ["videos", "--model", "bare"],
             "--model bare has no transformer/config.json. "
-            "Give a checkpoint folder in diffusers layout.",
+            "Give a checkpoint folder in diffusers or the original layout.",
         ),
         (
             ["videos", "--init", "no.safetensors"],
@@ -111,7 +111,8 @@ def tree(folder: Path) -> list[str]:
         ),
         (
             ["videos", "--init", "videos"],
-            "--init videos is a folder. Give a .safetensors file or a Hub id.",
+            "--init videos is a folder without PEFT's adapter_config.json. Give a .safetensors "
+            "file or a Hub id.",
         ),
         (
             ["videos", "--init", "broken.safetensors"],

@@ -4,24 +4,18 @@ A launcher starts them once for all tests here, see `ranks.py`.
 """
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from media import write_media
 from ranks import Command
 from safetensors.torch import load_file
-from studio import Outcome, picture
+from studio import Outcome
+from trainings import largest_difference, launch, losses, words, write_clips
 
 from everanimate_cli.cli import main
 
-RANKS = Path(__file__).parents[1] / "ranks.py"
 SILENCE = Outcome(0, "", "")
 STEPS = ("--steps", "4", "--ema", "0.9")
 MIXED = ("--steps", "2", "--dtype", "bfloat16")
@@ -29,21 +23,16 @@ LOOK = ("--validate-every", "4", "--validation-chunks", "1", "--validation-steps
 BROKEN = ("--lr", "1e30", "--max-grad-norm", "1e30", "--checkpoint-every", "1")
 
 
-def words(output: str, *more: str) -> list[str]:
-    given = ["--model", "tiny", "--fps", "25", "--device", "cpu", "--rank", "3", "--lr", "0.01"]
-    rest = ["--checkpoint-every", "2", "--no-tensorboard", "-o", output]
-    return ["train-lora", "clips.csv", *given, *rest, *more]
-
-
 # Name -> what the two processes run, in this order.
 COMMANDS = {
     # Only the main process looks at the clips: where it fails to extract poses, another would try.
     "data parallel": Command(words=words("dp", *STEPS), rank=1, place="train_lora.open_clips"),
     "quantised": Command(words=words("fp8", "--steps", "1", "--quantize-base", "fp8")),
-    "sharded": Command(words=words("sharded", *STEPS, "--steps", "2"), sharded=True),
-    "sharded, going on": Command(words=words("sharded", *STEPS, *LOOK), sharded=True),
-    "sharded, mixed": Command(words=words("mixed", *MIXED), sharded=True),
-    "sharded, quantised": Command(words=words("x", "--quantize-base", "fp8"), sharded=True),
+    "sharded": Command(words=words("sharded", *STEPS, "--steps", "2"), sharing="fsdp2"),
+    "sharded, going on": Command(words=words("sharded", *STEPS, *LOOK), sharing="fsdp2"),
+    "offloaded": Command(words=words("offloaded", *STEPS), sharing="fsdp2 offloading"),
+    "sharded, mixed": Command(words=words("mixed", *MIXED), sharing="fsdp2"),
+    "sharded, quantised": Command(words=words("x", "--quantize-base", "fp8"), sharing="fsdp2"),
     "wrong size": Command(words=words("x", "--size", "40x40")),
     "other options": Command(words=words("dp", *STEPS, "--warmup", "3")),
     "no number": Command(words=words("broken", *BROKEN)),
@@ -80,14 +69,7 @@ def studio(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Studio
     """All commands run."""
     folder = tmp_path_factory.mktemp("ranks")
     (folder / "tiny").symlink_to(tiny_model)
-    rows = ["video,pose,face"]
-    for name in ("one", "two"):
-        for suffix, size in {"": (48, 64), "_pose": (48, 64), "_face": (32, 32)}.items():
-            phase = len(rows) + len(suffix)
-            frames = np.stack([picture(*size, phase + 0.2 * i) for i in range(24)])
-            write_media(folder / f"{name}{suffix}.mp4", frames, rate=25, options={"crf": "4"})
-        rows.append(f"{name}.mp4,{name}_pose.mp4,{name}_face.mp4")
-    (folder / "clips.csv").write_text("\n".join(rows) + "\n")
+    write_clips(folder)
     for output, more in (("alone", STEPS), ("alone-mixed", MIXED)):
         command = words(output, *more, "--accumulate", "2", "-q", "--model", str(tiny_model))
         command[1] = str(folder / "clips.csv")
@@ -96,40 +78,14 @@ def studio(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Studio
     return Studio(folder, dict(zip(COMMANDS, answers, strict=True)), folder / "alone")
 
 
-def launch(folder: Path, commands: Sequence[Command]) -> list[list[Outcome]]:
-    """Run the commands in two processes; what each of them said to each command."""
-    (folder / "commands.json").write_text(json.dumps([asdict(command) for command in commands]))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    made = subprocess.run(
-        [*launcher, "--nproc-per-node", "2", str(RANKS), str(folder)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert made.returncode == 0, made.stderr
-    said = [
-        [Outcome(**answer) for answer in json.loads((folder / f"rank-{rank}.json").read_text())]
-        for rank in range(2)
-    ]
-    return [list(answers) for answers in zip(*said, strict=True)]
-
-
-def largest_difference(one: Path, other: Path) -> float:
-    first, second = load_file(one), load_file(other)
-    assert first.keys() == second.keys()
-    return max(float((value - second[key]).abs().max()) for key, value in first.items())
-
-
-def losses(folder: Path) -> list[float]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if "loss" in line]
-
-
 @pytest.mark.parametrize(
     ("name", "output"),
-    [("data parallel", "dp"), ("sharded, going on", "sharded"), ("cache", "cached")],
+    [
+        ("data parallel", "dp"),
+        ("sharded, going on", "sharded"),
+        ("offloaded", "offloaded"),
+        ("cache", "cached"),
+    ],
 )
 def test_two_processes_are_one_that_accumulates(studio: Studio, name: str, output: str) -> None:
     """However they share the work, and also when they went on half-way."""
@@ -183,7 +139,7 @@ def test_a_base_in_8_bits_is_not_sent_around(studio: Studio) -> None:
             "sharded, quantised",
             2,
             "error: --quantize-base fp8 does not go with FSDP. "
-            "Leave it out: FSDP splits the weights already.",
+            "Leave it out: FSDP2 and ZeRO-3 split the weights already.",
         ),
         (
             "wrong size",

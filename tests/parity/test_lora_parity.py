@@ -12,7 +12,7 @@ from torch import Tensor
 
 from everanimate_cli.lora import (
     LORA_TARGET_PATTERN,
-    fuse_lora,
+    fuse_loras,
     load_lora,
     plan_lora,
     released_key,
@@ -80,7 +80,7 @@ def test_fused_velocity(
     checkpoint_path: Path,
     lora_scale: str,
 ) -> None:
-    num_layers = fuse_lora(transformer, checkpoint_path, scale=float(lora_scale))
+    num_layers = fuse_loras(transformer, [(checkpoint_path, float(lora_scale))])
     assert 2 * num_layers == len(read_tensor_shapes(checkpoint_path))
     velocity = run(transformer)
     expected = golden("lora")[f"out.velocity_lora_scale{lora_scale}"]
@@ -98,7 +98,7 @@ def test_dividing_by_the_rank_misses(
     rank = next(
         shape[0] for key, shape in read_tensor_shapes(checkpoint_path).items() if "lora_A" in key
     )
-    fuse_lora(transformer, checkpoint_path, scale=float(lora_scale) / rank)
+    fuse_loras(transformer, [(checkpoint_path, float(lora_scale) / rank)])
     expected = golden("lora")[f"out.velocity_lora_scale{lora_scale}"]
     assert measure(run(transformer), expected) > WRONG
 

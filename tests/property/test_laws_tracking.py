@@ -102,7 +102,7 @@ def same(first: Any, second: Any) -> bool:
     return bool(first == second)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=seeds,
     first_frames=st.integers(0, 30),
@@ -126,7 +126,7 @@ def test_a_restored_tracker_continues_bit_for_bit(
     assert same(restored.state(), tracker.state())
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(seed=seeds)
 def test_the_order_of_detections_does_not_matter(seed: int) -> None:
     scene, shuffled = Scene(seed, 30), Scene(seed, 30)
@@ -149,7 +149,7 @@ def test_the_order_of_detections_does_not_matter(seed: int) -> None:
         assert said[0] == said[1]
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(seed=seeds)
 def test_ids_are_unique_and_never_used_again(seed: int) -> None:
     scene, tracks = Scene(seed, 30), Tracks(HEIGHT, WIDTH)
@@ -167,7 +167,7 @@ def test_ids_are_unique_and_never_used_again(seed: int) -> None:
     assert tracks.num_ids == len(known)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(seed=seeds, reacquire=st.sampled_from(["same", "any"]))
 def test_nobody_else_is_followed_without_a_word(seed: int, reacquire: Any) -> None:
     scene = Scene(seed, 45)
@@ -189,7 +189,7 @@ def test_nobody_else_is_followed_without_a_word(seed: int, reacquire: Any) -> No
     assert reacquire == "any" or not told
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(seed=seeds)
 def test_empty_frames_are_told(seed: int) -> None:
     scene = Scene(seed, 45)
@@ -250,7 +250,7 @@ def poses(seed: int, num_frames: int) -> Floats:
 BOX = np.array([20.0, 10.0, 90.0, 210.0])
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(seed=seeds, first_frames=st.integers(0, 15))
 def test_a_restored_filter_continues_bit_for_bit(seed: int, first_frames: int) -> None:
     points = poses(seed, 20)
@@ -273,7 +273,7 @@ def test_a_restored_filter_continues_bit_for_bit(seed: int, first_frames: int) -
     assert run(again, box_again, rest) == run(point_filter, box_filter, rest)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(seed=seeds, factor=st.sampled_from([0.25, 0.5, 2.0, 8.0]))
 def test_the_size_of_a_video_does_not_matter(seed: int, factor: float) -> None:
     small, large = KeypointFilter(), KeypointFilter()
@@ -283,7 +283,7 @@ def test_the_size_of_a_video_does_not_matter(seed: int, factor: float) -> None:
         np.testing.assert_array_equal(enlarged, found * (factor, factor, 1))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(seed=seeds)
 def test_a_smoothed_point_lies_between_its_old_and_its_new_place(seed: int) -> None:
     point_filter = KeypointFilter()

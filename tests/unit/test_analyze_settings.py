@@ -180,7 +180,7 @@ def check(settings: RoundtripSettings | AttentionSettings) -> None:
             lambda: roundtrip(model="dance"),
             WeightsError,
             "--model dance has no transformer/config.json. "
-            "Give a checkpoint folder in diffusers layout.",
+            "Give a checkpoint folder in diffusers or the original layout.",
         ),
         (
             nothing,

@@ -19,7 +19,7 @@ from everanimate_cli.video import VideoReader
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 SPEED_SCRIPT = SCRIPTS / "animate_speed.py"
 EXTRACT_SCRIPT = SCRIPTS / "extract_speed.py"
-NUM_CHUNKS, NUM_STEPS = 2, 1
+NUM_CHUNKS, NUM_STEPS = 2, 2
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,10 @@ def test_each_side_makes_its_video(speed: tuple[str, dict]) -> None:
         inside_s = (1 - row["outside_share"]) * row["chunk_s"]
         assert sum(row["networks_s"].values()) == pytest.approx(inside_s)
         assert set(row["networks_s"]) == {"transformer", "vae", "image_encoder", "text_encoder"}
-    assert rows["diffusers"]["time_ratio"] == 1
+        assert NUM_STEPS * row["step_s"] < row["chunk_s"]
+    assert rows["diffusers"]["time_ratio"] == rows["diffusers"]["step_ratio"] == 1
+    for made in figures["rounds"][0]:
+        assert len(made["steps_s"]) == NUM_CHUNKS * (NUM_STEPS - 1)
 
 
 def test_diffusers_and_pixel_memory_do_the_same_work(speed: tuple[str, dict]) -> None:
@@ -69,7 +72,7 @@ def test_diffusers_and_pixel_memory_do_the_same_work(speed: tuple[str, dict]) ->
 
 def test_targets_are_judged_and_printed(speed: tuple[str, dict]) -> None:
     printed, figures = speed
-    assert len(figures["targets"]) == 7
+    assert len(figures["targets"]) == 8
     for target in figures["targets"]:
         assert target["met"] == (target["value"] <= target["limit"])
         verdict = "ok" if target["met"] else "**short**"

@@ -32,6 +32,18 @@ def test_a_table_becomes_entries(tmp_path: Path) -> None:
     assert peer.driving == tmp_path / "poses/waltz_pose"
 
 
+def test_a_line_can_tell_its_chunks_and_how_it_goes_on(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "generated,frames_per_chunk,overlap,extend\na.mp4,21,1,loop\nb.mp4,,,\n",
+    )
+    settings = EvalSettings(manifest=path, frames_per_chunk=77, overlap=4, extend="hold")
+    first, second = list_entries(settings)
+    assert (first.frames_per_chunk, first.overlap, first.extend) == (21, 1, "loop")
+    # The command line speaks for lines that do not.
+    assert (second.frames_per_chunk, second.overlap, second.extend) == (77, 4, "hold")
+
+
 def test_lines_of_json_say_the_same(tmp_path: Path) -> None:
     path = write(tmp_path, '{"generated": "a.mp4", "sample": "one", "start": 2}\n\n', "list.jsonl")
     (entry,) = read_manifest(path)
@@ -43,7 +55,7 @@ def test_lines_of_json_say_the_same(tmp_path: Path) -> None:
     [
         ("l.csv", "generated\n", " lists no video. Add a line for each video."),
         ("l.csv", "video\na.mp4\n", " line 2: 'video' is unknown. Known: generated, method, "
-         "sample, truth, reference, driving, start."),
+         "sample, truth, reference, driving, start, extend, frames_per_chunk, overlap."),
         ("l.csv", "generated,truth\na.mp4\n", " line 2: 1 values for 2 columns. Quote values with "
          "commas."),
         ("l.csv", "generated,truth\n,b.mp4\n", " line 2: generated is missing."),
@@ -53,6 +65,12 @@ def test_lines_of_json_say_the_same(tmp_path: Path) -> None:
          "plain name."),
         ("l.csv", "generated\na.mp4\na.mp4\n", " line 3: generated: a is there twice. Give each a "
          "sample of its own."),
+        ("l.csv", "generated,frames_per_chunk\na.mp4,21\n", " line 2: frames_per_chunk 21 needs "
+         "overlap beside it. Give overlap 0 for chunks that share no frames."),
+        ("l.csv", "generated,frames_per_chunk,overlap\na.mp4,21,x\n", " line 2: overlap x is not a "
+         "whole number."),
+        ("l.csv", "generated,extend\na.mp4,error\n", " line 2: extend error is unknown. Known: "
+         "pingpong, loop, hold, none."),
         ("l.jsonl", "[1]\n", " line 1: not a JSON object."),
         ("l.jsonl", "{\n", " line 1: not JSON (Expecting property name enclosed in double quotes: "
          "line 1 column 2 (char 1))."),

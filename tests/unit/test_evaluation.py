@@ -10,6 +10,7 @@ from media import Frames, numbered_frames, write_media
 
 from everanimate_cli import eval_subject, evaluation, learned_metrics, metrics
 from everanimate_cli.errors import InputError, MediaError, SettingsError
+from everanimate_cli.eval_manifest import EvalEntry
 from everanimate_cli.eval_meters import choose_pose_models
 from everanimate_cli.eval_result import EvalPlan, Evaluation, Measure, summarise
 from everanimate_cli.eval_settings import EvalSettings, parse_horizons
@@ -18,6 +19,7 @@ from everanimate_cli.evaluation_tables import lay_out, write_csv
 from everanimate_cli.events import Note, PhaseAdvanced, PhaseStarted
 from everanimate_cli.frame_metrics import Track, Unavailable, Whole
 from everanimate_cli.frechet import PairSums
+from everanimate_cli.hashes import hash_file
 
 FRAME_METRICS = "psnr,ssim,l1,colour_drift,contrast_drift,saturation_drift,seam,flicker"
 LOSSLESS = {"codec": "libx264rgb", "pixel_format": "rgb24", "options": {"qp": "0"}}
@@ -137,8 +139,10 @@ def test_a_file_that_is_no_video_is_named_with_its_option() -> None:
 # --- what the settings beside a video say --------------------------------------------------------
 
 
-def write_record(video_path: str, **effective: object) -> None:
-    record = {"settings": {}, "result": {}, "effective": effective}
+def write_record(
+    video_path: str, result: dict[str, object] | None = None, **effective: object
+) -> None:
+    record = {"settings": {}, "result": result or {}, "effective": effective}
     Path(video_path).with_suffix(".json").write_text(json.dumps(record))
 
 
@@ -151,7 +155,7 @@ def test_chunks_and_start_are_read_beside_the_video() -> None:
     (result,) = found.methods
     assert result.chunk_joins == (9, 14, 19)
     assert result.metrics["psnr"].overall == 100
-    assert notes[0] == "made: truth and driving from 0.2 s on, as made.json says"
+    assert notes[0] == "made: the truth from 0.2 s on, as made.json says"
     # What is given wins.
     found, notes = run(
         "made.mkv", truth=Path("truth.mkv"), frames_per_chunk=10, overlap=0, start=0.0
@@ -159,6 +163,110 @@ def test_chunks_and_start_are_read_beside_the_video() -> None:
     assert found.methods[0].chunk_joins == (10,)
     assert found.methods[0].metrics["psnr"].overall != 100
     assert "as made.json says" not in notes[0]
+
+
+def write_poses(folder: str, frames: Frames, **record: object) -> Path:
+    """A folder of poses, whose joints, if any, are where `record` has them."""
+    path = Path(folder)
+    path.mkdir()
+    video(f"{folder}/pose.mkv", frames).rename(path / "pose.mp4")
+    (path / "extract.json").write_text(json.dumps(record))
+    return path
+
+
+def pointing(columns: list[int]) -> Frames:
+    """Poses [S, 16, 24, 3] that are one dot, at a column each."""
+    frames = np.zeros((len(columns), 16, 24, 3), np.uint8)
+    for frame, column in zip(frames, columns, strict=True):
+        frame[8, column] = 255
+    return frames
+
+
+def masked_columns(**given: object) -> list[int | None]:
+    """Where the person is in each frame of made.mkv."""
+    entry = EvalEntry(generated=Path("made.mkv"), driving=Path("poses"), **given)  # type: ignore[arg-type]
+    settings = EvalSettings(generated=(Path("made.mkv"),))
+    subject = eval_subject.open_subject(entry, settings, lambda _: None)
+    masks = eval_subject.PersonMasks(subject)
+    found = [mask for i in range(0, 10, 4) for mask in masks.read(range(i, min(i + 4, 10)))]
+    subject.close()
+    return [None if mask is None else round(np.nonzero(mask)[1].mean()) for mask in found]
+
+
+EXTENDED = {
+    "pingpong": [2, 6, 10, 14, 10, 6, 2, 6, 10, 14],
+    "loop": [2, 6, 10, 14, 2, 6, 10, 14, 2, 6],
+    "hold": [2, 6, 10] + 7 * [14],
+    "none": [2, 6, 10, 14] + 6 * [None],
+}
+
+
+@pytest.mark.parametrize("block", [3, 64])
+@pytest.mark.parametrize("extend", EXTENDED)
+def test_the_pose_of_every_frame_is_known_after_the_end_of_the_driving(
+    extend: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(eval_subject, "_BLOCK_FRAMES", block)
+    video("made.mkv", noisy(10))
+    write_poses("poses", pointing([2, 6, 10, 14]))
+    assert masked_columns(extend=extend) == EXTENDED[extend]
+    assert masked_columns() == EXTENDED["none"]  # nothing is known of it
+    write_record("made.mkv", {"driving_frames": 4, "fps": 25.0}, extend=extend)
+    assert masked_columns() == EXTENDED[extend]
+    # A driving that was cut turns where it was cut; what is given wins.
+    write_record("made.mkv", {"driving_frames": 3, "fps": 25.0}, extend="loop")
+    assert masked_columns() == [2, 6, 10, 2, 6, 10, 2, 6, 10, 2]
+    assert masked_columns(extend="hold") == [2, 6] + 8 * [10]
+    # Counted at another rate it says nothing of these frames.
+    write_record("made.mkv", {"driving_frames": 3, "fps": 12.5}, extend="loop")
+    assert masked_columns() == EXTENDED["none"]
+
+
+def test_what_follows_the_driving_has_a_pose_and_no_truth() -> None:
+    truth = noisy(10)
+    video("made.mkv", truth)
+    video("truth.mkv", truth)
+    write_poses("poses", pointing([2, 6, 10, 14]))
+    write_record("made.mkv", {"driving_frames": 4, "fps": 25.0}, extend="pingpong")
+    found, notes = run(
+        "made.mkv",
+        truth=Path("truth.mkv"),
+        driving=Path("poses"),
+        metrics="psnr,background_psnr",
+        baseline=0.04,
+    )
+    (result,) = found.methods
+    assert notes == [
+        "made lasts 0.40 s, the driving 0.16 s: 4 frames are compared with the truth",
+        "made lasts 0.40 s, the driving pose 0.16 s and goes on by pingpong: all frames are "
+        "compared with it",
+    ]
+    measured = {
+        name: [value is not None for value in result.metrics[name].per_frame or ()]
+        for name in ("psnr", "background_psnr")
+    }
+    assert measured == {"psnr": [True] * 4 + [False] * 6, "background_psnr": [False] + [True] * 9}
+    assert (result.compared_frames, result.extend, result.driving_frames) == (4, "pingpong", 4)
+    found, notes = run("made.mkv", truth=Path("truth.mkv"), extend="none")
+    assert (found.methods[0].compared_frames, notes) == (10, [])
+
+
+def test_poses_of_a_part_of_the_truth_begin_where_the_part_begins() -> None:
+    """`animate --start` on a raw video extracts from there, and counts from there on."""
+    truth = noisy(30, 1)
+    video("made.mkv", truth[15:25])
+    video("truth.mkv", truth)
+    digest = hash_file(Path("truth.mkv"))
+    folder = write_poses("poses", pointing([2]), start_s=0.4, source_sha256=digest)
+    write_record("made.mkv", start=0.2, driving="poses")
+    found, notes = run("made.mkv", truth=Path("truth.mkv"), metrics="psnr")
+    assert found.methods[0].metrics["psnr"].overall == 100
+    assert (found.methods[0].start_s, found.methods[0].truth_start_s) == (0.2, 0.4 + 0.2)
+    assert notes[0] == "made: the truth from 0.6 s on, as made.json says"
+    # Another video begins where it begins.
+    (folder / "extract.json").write_text(json.dumps({"start_s": 0.4, "source_sha256": "0"}))
+    found, _ = run("made.mkv", truth=Path("truth.mkv"), metrics="psnr")
+    assert found.methods[0].truth_start_s == 0.2
 
 
 def test_drift_is_measured_against_the_first_chunk() -> None:
@@ -199,11 +307,32 @@ def test_what_cannot_be_measured_says_what_it_needs(monkeypatch: pytest.MonkeyPa
         ("lpips", "fid", "fvd"), "needs pip install no_such_package"
     )
     assert reasons["identity"] == "needs --reference"
-    for name in ("background_psnr", "pose_pck", "pose_pck_strict", "pose_distance"):
+    for name in ("background_psnr", "background_lpips", "pose_pck", "pose_distance"):
         assert reasons[name] == "needs --driving"
     found, _ = run("made.mkv", metrics=None)
     for name in ("psnr", "ssim", "l1", "lpips", "fid", "fvd"):
         assert found.methods[0].metrics[name].unavailable == "needs --truth"
+
+
+def test_the_background_has_an_lpips_where_the_weights_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    video("made.mkv", noisy(4, height=32, width=32))
+    poses = np.zeros((4, 32, 32, 3), np.uint8)
+    poses[:, 16, 16] = 255
+    write_poses("poses", poses)
+    given = {"driving": Path("poses"), "metrics": "background_lpips", "baseline": 0.04}
+    missing = {"lpips": (("no_such_package",), "weights")}
+    monkeypatch.setattr(learned_metrics, "PACKAGES", missing)
+    found, _ = run("made.mkv", **given)
+    assert lay_out(found) == ("background_lpips: not available: needs pip install no_such_package")
+    monkeypatch.setattr(learned_metrics, "lacking", lambda *_, **__: None)
+    monkeypatch.setattr(
+        learned_metrics, "load_network", lambda *_, **__: lambda a, b: (a - b).abs().mean()
+    )
+    found, _ = run("made.mkv", **given, sample_fps=25.0)
+    values = found.methods[0].metrics["background_lpips"].per_frame
+    assert values is not None
+    assert values[0] is None
+    assert all(0 < value < 0.2 for value in values[1:] if value is not None)
 
 
 def test_pose_models_are_those_of_the_driving_video() -> None:
@@ -369,8 +498,40 @@ def test_sets_of_features_are_put_together(monkeypatch: pytest.MonkeyPatch) -> N
     assert summary.horizons[1] == summary.overall
     singles = [result.metrics["fid"].overall for result in found.methods]
     assert summary.overall != pytest.approx(np.mean(singles), rel=0.01)  # type: ignore[arg-type]
-    again, _ = run(**given, cache=Path("cache"))
+    # The features are found again, also for other stretches of time.
+    monkeypatch.setattr(learned_metrics, "lacking", lambda *_, **__: "needs luck")
+    again, notes = run(**given, cache=Path("cache"))
+    assert notes == [f"generated: {name}: 1 metrics from the cache" for name in "ab"]
     assert again.summary("generated") == found.summary("generated")
+    parts, _ = run(**given | {"horizons": "0.2-0.4"}, cache=Path("cache"))
+    late = PairSums()
+    for index in (0, 1):
+        pair = [(s[index][5:] + np.uint8(40 * index)).mean((1, 2)) for s in (made, truth)]
+        late.add((), *pair)
+    distance = parts.summary("generated")["fid"].horizons[0]
+    assert distance == pytest.approx(late.distance(), rel=1e-4)
+    for path in Path("cache").glob("*.npy"):
+        path.write_bytes(path.read_bytes()[:100])
+    damaged, _ = run(**given, cache=Path("cache"))
+    assert damaged.summary("generated")["fid"].unavailable == "needs luck"
+
+
+def test_features_of_a_stopped_evaluation_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned_metrics, "lacking", lambda *_, **__: None)
+    monkeypatch.setattr(
+        learned_metrics, "load_network", lambda *_, **__: lambda x: x.float().mean((2, 3))
+    )
+    video("made.mkv", noisy(20))
+    Path("list.csv").write_text("generated,truth\nmade.mkv,made.mkv\n")
+
+    def stop(event: object) -> None:
+        if isinstance(event, PhaseAdvanced) and event.done == 15:
+            raise KeyboardInterrupt
+
+    settings = EvalSettings(manifest=Path("list.csv"), metrics="fid", cache=Path("cache"))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(settings, stop)
+    assert list(Path("cache").iterdir()) == []
 
 
 # --- gates ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import pytest
 
 from everanimate_cli import frame_metrics, metrics
 from everanimate_cli.frame_metrics import (
+    Backdrop,
     BackgroundMeter,
     DriftMeter,
     ErrorMeter,
@@ -161,7 +162,8 @@ def test_the_background_is_what_lies_around_the_person() -> None:
         frames.append(frame)
     frames[4][~person] = np.clip(frames[4][~person].astype(int) + 10, 0, 255)
     track = tracks(
-        BackgroundMeter(2), [Moment(i, frame, person=person) for i, frame in enumerate(frames)]
+        BackgroundMeter(Backdrop(2)),
+        [Moment(i, frame, person=person) for i, frame in enumerate(frames)],
     )["background_psnr"]
     values = track.per_frame()
     assert np.isnan(values[:2]).all()  # they are the measure
@@ -177,9 +179,11 @@ def test_what_the_person_always_covered_at_first_is_unknown_background() -> None
     later[:, :10] = 99  # bare now, but never seen before
     reason = Unavailable("not defined: no pixel is ever seen beside the person")
     moments = [Moment(0, first, person=left), Moment(1, later, person=~left)]
-    assert run(BackgroundMeter(1), moments) == {"background_psnr": reason}
+    assert run(BackgroundMeter(Backdrop(1)), moments) == {"background_psnr": reason}
     covered = np.ones((16, 20), np.bool_)
-    found = run(BackgroundMeter(1), [Moment(i, grey(1), person=covered) for i in range(3)])
+    found = run(
+        BackgroundMeter(Backdrop(1)), [Moment(i, grey(1), person=covered) for i in range(3)]
+    )
     assert found == {"background_psnr": reason}
 
 

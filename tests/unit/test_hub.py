@@ -1,31 +1,32 @@
 """Finding a checkpoint or a LoRA, on this machine or on a Hub that a local server plays."""
 
-import json
-import re
+import os
+import shutil
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from hashlib import sha1
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 import torch
+from hub_server import COMMIT, Hub, serve, use_hub
+from original import build_original_networks, write_original
 from tiny import TINY_DEFAULTS, write_tiny_checkpoint
 
 from everanimate_cli import hub as hub_module
+from everanimate_cli.checkpoint import check_checkpoint
 from everanimate_cli.errors import EverAnimateError, SettingsError, WeightsError
-from everanimate_cli.events import Event, Note
+from everanimate_cli.events import Event, Note, PhaseAdvanced, PhaseStarted
 from everanimate_cli.hub import locate_lora, locate_model
+from everanimate_cli.hub_transfer import Meter, part_path
+from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.records import LoraSpec
+from everanimate_cli.runs import try_lock
 from everanimate_cli.settings import HUB_MODEL, HUB_PRESET, ModelDefaults
-from everanimate_cli.weights import (
-    load_pipeline,
-)
+from everanimate_cli.weights import load_pipeline
 
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
 
@@ -48,105 +49,15 @@ def message_of(error: type[EverAnimateError], call: Callable[[], object]) -> str
     return str(caught.value)
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OFFLINE_HINT = "or use --model toy, which works offline."
-
-
-class Hub:
-    """As much of the Hub's API as a download needs, for files in memory.
-
-    Attributes:
-        repositories: Repository -> path -> content.
-        refused: What every request is answered with instead: status and headers.
-        files_refused: What requests for files are answered with instead.
-        num_requests: Requests for repositories and files so far.
-    """
-
-    def __init__(self) -> None:
-        self.repositories: dict[str, dict[str, bytes]] = {}
-        self.refused: tuple[int, dict[str, str]] | None = None
-        self.files_refused: tuple[int, dict[str, str]] | None = None
-        self.num_requests = 0
-
-    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
-        api = re.fullmatch(r"/api/models/(\w+/\w+)/(revision|tree)/([\w.]+)(?:\?.*)?", path)
-        file = re.fullmatch(r"/(\w+/\w+)/resolve/[\w.]+/(.+)", path)
-        if api is None and file is None:  # the library also asks about other things now and then
-            return 404, {}, b""
-        self.num_requests += 1
-        if self.refused is not None:
-            return *self.refused, b""
-        if api is not None:
-            return self.describe(*api.groups())
-        assert file is not None
-        if self.files_refused is not None:
-            return *self.files_refused, b""
-        content = self.repositories[file[1]][file[2]]
-        return 200, {"ETag": f'"{sha1(content).hexdigest()}"', "X-Repo-Commit": COMMIT}, content
-
-    def describe(
-        self, repository: str, kind: str, revision: str
-    ) -> tuple[int, dict[str, str], bytes]:
-        files = self.repositories.get(repository)
-        if files is None:
-            return 401, {"X-Error-Message": "Invalid username or password."}, b""
-        if revision not in ("main", "v1", COMMIT):
-            return 404, {"X-Error-Code": "RevisionNotFound"}, b""
-        described: object
-        if kind == "revision":
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
-            described = {"id": repository, "sha": COMMIT, "siblings": siblings}
-        else:
-            described = [
-                {"type": "file", "path": name, "size": len(data), "oid": sha1(data).hexdigest()}
-                for name, data in files.items()
-            ]
-        return 200, {"Content-Type": "application/json"}, json.dumps(described).encode()
-
-    def add(self, repository: str, folder: Path) -> None:
-        self.repositories[repository] = {
-            path.relative_to(folder).as_posix(): path.read_bytes()
-            for path in folder.rglob("*")
-            if path.is_file()
-        }
 
 
 @pytest.fixture(scope="module")
 def hub_server() -> Iterator[tuple[str, list[Hub]]]:
     """Address of a server, and the hub that it answers for."""
     current: list[Hub] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_GET(self) -> None:
-            status, headers, content = current[-1].answer(self.path)
-            self.send_response(status)
-            for name, value in (headers | {"Content-Length": str(len(content))}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(content)
-
-        do_HEAD = do_GET  # noqa: N815
-
-        def log_message(self, *_args: object) -> None:
-            """Keep the test's output clean."""
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}", current
-    server.shutdown()
-
-
-def use_hub(address: str, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Read from the environment when the library is imported; a test below does it that way.
-    constants = huggingface_hub.constants
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with serve(current) as address:
+        yield address, current
 
 
 @pytest.fixture
@@ -190,11 +101,14 @@ def test_a_model_is_downloaded_once_and_then_needs_no_network(
     assert files == {
         path.relative_to(original).as_posix() for path in original.rglob("*") if path.is_file()
     }
-    texts = [event.text for event in events if isinstance(event, Note)]
-    assert texts[0] == f"downloading owner/tiny: 0.00 GB to {tmp_path / 'cache'}"
-    assert texts[1:]
-    assert all(text == "downloaded 0.00 of 0.00 GB" for text in texts[1:])
-    assert len(texts) <= 10
+    size = sum(len(hub.repositories["owner/tiny"][name]) for name in files)
+    assert events[0] == Note(
+        text=f"downloading owner/tiny: {size / 1e6:.1f} MB, to {tmp_path / 'cache'}"
+    )
+    num_mb = round(size / 1e6)
+    assert events[1] == PhaseStarted(name="downloading owner/tiny", total=num_mb, done=0, unit="MB")
+    told = [event.done for event in events[2:] if isinstance(event, PhaseAdvanced)]
+    assert told == list(range(1, num_mb + 1))
     load_pipeline(source, [], torch.device("cpu"), torch.float32)
 
     num_requests = hub.num_requests
@@ -207,16 +121,23 @@ def test_a_model_is_downloaded_once_and_then_needs_no_network(
 
 def test_a_download_tells_how_far_it_is() -> None:
     events: list[Event] = []
-    progress = hub_module._progress_class(2 * 10**9, events.append)
-    with progress(total=3, unit="it") as files, progress(total=0, unit="B") as num_bytes:
+    meter = Meter("owner/tiny", 3 * 10**6, 5 * 10**5, events.append)
+    bar_class = meter.bar_class()
+    with (
+        bar_class(total=3, unit="it") as files,
+        bar_class(total=0, unit="B", name="huggingface_hub.snapshot_download.transfer") as sent,
+        bar_class(total=0, unit="B", name="huggingface_hub.snapshot_download") as num_bytes,
+    ):
         assert files.disable
-        assert num_bytes.disable
         for _ in range(3):
             files.update()
-        for _ in range(40):
-            num_bytes.update(5 * 10**7)
+        for _ in range(24):
+            sent.update(10**5)
+            num_bytes.update(10**5)
+    meter.finish()
     assert events == [
-        Note(text=f"downloaded {tenth * 0.2:.2f} of 2.00 GB") for tenth in range(1, 10)
+        PhaseStarted(name="downloading owner/tiny", total=3, done=0, unit="MB"),
+        *(PhaseAdvanced(done=megabytes) for megabytes in (1, 2, 3)),
     ]
 
 
@@ -273,7 +194,7 @@ def test_a_partial_download_without_network(
             "owner/lora",
             None,
             "--model owner/lora has no transformer/config.json. "
-            "Give a repository in diffusers layout.",
+            "Give a repository in diffusers or the original layout.",
         ),
         (
             "owner/tiny",
@@ -311,24 +232,219 @@ def test_a_gated_repository_shows_its_files_but_gives_none(hub: Hub, original: P
     )
 
 
-def test_a_download_that_breaks_off(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.repositories["owner/lora"] = {"a.safetensors": b"weights"}
+WEIGHTS = bytes(range(250)) * 100  # of a file in 25 pieces
+LORA = LoraSpec("owner/lora/a.safetensors")
+UNAVAILABLE = (503, {})
 
-    def break_off(*_args: object, local_files_only: bool = False, **_kwargs: object) -> None:
-        if local_files_only:
-            raise huggingface_hub.errors.LocalEntryNotFoundError("not there")
-        raise error
 
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", break_off)
-    call = partial(locate_lora, LoraSpec("owner/lora/a.safetensors"))
-    error: Exception = RuntimeError("Data processing error: connection reset.\nSee the log.")
-    assert message_of(WeightsError, call) == (
-        "--lora owner/lora/a.safetensors: the download broke off (Data processing error: "
-        "connection reset). Run the same command again; finished files are kept."
+def arrived(cache: Path) -> list[int]:
+    """Bytes of unfinished files."""
+    return [path.stat().st_size for path in cache.rglob("*.part")]
+
+
+def test_an_interrupted_download_goes_on_where_it_stopped(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    hub.break_after, hub.refused_then = 10_500, UNAVAILABLE
+    assert message_of(WeightsError, lambda: locate_lora(LORA)) == (
+        f"--lora {LORA.source} cannot be downloaded: {address()} answered 503. Try again later."
     )
-    error = OSError(28, "No space left on device")
-    with pytest.raises(OSError, match="No space left"):  # the command line says what to do
-        call()
+    assert arrived(tmp_path / "cache") == [10_000]
+    hub.break_after = hub.refused = None
+    hub.requests.clear()
+    events: list[Event] = []
+    assert locate_lora(LORA, events.append).read_bytes() == WEIGHTS
+    assert hub.sent_ranges() == ["bytes=10000-"]
+    assert events[0] == Note(
+        text=f"downloading {LORA.source}: 0.0 MB, of which 0.0 MB are there, "
+        f"to {tmp_path / 'cache'}"
+    )
+    assert arrived(tmp_path / "cache") == []
+
+
+def test_a_connection_that_is_lost_again_and_again(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    hub.break_after = 5_500
+    assert locate_lora(LORA).read_bytes() == WEIGHTS
+    assert hub.sent_ranges() == ["", *(f"bytes={5000 * i}-" for i in range(1, 5))]
+    hub.repositories["owner/other"] = {"a.safetensors": WEIGHTS[1:]}
+    hub.break_after = 500  # never a whole piece
+    other = LoraSpec("owner/other/a.safetensors")
+    message = message_of(WeightsError, lambda: locate_lora(other))
+    assert message.startswith(f"--lora {other.source}: the download broke off (")
+    assert message.endswith("Run the same command again to go on; what has arrived is kept.")
+    assert arrived(tmp_path / "cache") == []
+
+
+def test_stopping_keeps_what_has_arrived(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS * 100}
+
+    def stop(event: Event) -> None:
+        if isinstance(event, PhaseAdvanced):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        locate_lora(LORA, stop)
+    (num_bytes,) = arrived(tmp_path / "cache")
+    assert 900_000 <= num_bytes <= 10**6
+    assert locate_lora(LORA).read_bytes() == WEIGHTS * 100
+    assert hub.sent_ranges()[-1] == f"bytes={num_bytes}-"
+
+
+def test_what_is_not_what_the_hub_states_is_refused(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    hub.corrupted.add("a.safetensors")
+    message = message_of(WeightsError, lambda: locate_lora(LORA))
+    assert message.startswith(
+        f"--lora {LORA.source}: the download broke off (a.safetensors arrived damaged: sha256 "
+    )
+    assert not list((tmp_path / "cache").rglob("*.part"))
+    assert not list((tmp_path / "cache").rglob("blobs/*"))
+    hub.corrupted.clear()
+    assert locate_lora(LORA).read_bytes() == WEIGHTS
+
+
+def test_a_part_of_another_size_is_not_trusted(hub: Hub) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    locate = partial(locate_lora, LORA)
+    hub.break_after, hub.refused_then = 10_500, UNAVAILABLE
+    message_of(WeightsError, locate)
+    (part,) = Path(huggingface_hub.constants.HF_HUB_CACHE).rglob("*.part")
+    part.write_bytes(bytes(len(WEIGHTS) + 1))
+    hub.break_after = hub.refused = None
+    assert locate().read_bytes() == WEIGHTS
+
+
+def test_the_disk_is_looked_at_before_the_download(
+    hub: Hub, original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add("owner/tiny", original)
+    seen: list[Path] = []
+
+    def almost_full(folder: Path) -> object:
+        seen.append(folder)
+        return shutil._ntuple_diskusage(10**9, 10**9 - 10**5, 10**5)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(shutil, "disk_usage", almost_full)
+    size = sum(len(data) for data in hub.repositories["owner/tiny"].values())
+    assert message_of(WeightsError, lambda: locate_model("owner/tiny", ignore)) == (
+        f"--model owner/tiny takes {size / 1e6:.1f} MB more, but {tmp_path / 'cache'} has "
+        "0.1 MB free. Free some space, or set HF_HOME to a folder on a larger disk."
+    )
+    assert seen == [tmp_path]
+    assert hub.num_requests == 1
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_full_disk_is_for_the_command_line_to_tell(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+
+    def fill_up(*_args: object, **_kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("everanimate_cli.hub_transfer.http_get", fill_up)
+    with pytest.raises(OSError, match="No space left"):
+        locate_lora(LORA)
+
+
+def test_two_processes_do_not_disturb_each_other(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    part = part_path(
+        "owner/lora",
+        hub_module.plan_download(hub_module.lora_asset(LORA.source)).files[0].sha256 or "",
+    )
+    part.parent.mkdir(parents=True)
+    other = part.open("ab")
+    assert try_lock(other)
+    monkeypatch.setattr("everanimate_cli.hub_transfer._LOCK_WAIT_S", 0.01)
+    texts: list[str] = []
+
+    def finish(event: Event) -> None:
+        if isinstance(event, Note):
+            texts.append(event.text)
+            if event.text.startswith("waiting"):
+                other.write(WEIGHTS)
+                other.flush()
+                part.replace(part.with_name(part.name.partition(".")[0]))
+                other.close()
+
+    assert locate_lora(LORA, finish).read_bytes() == WEIGHTS
+    assert texts[1:] == ["waiting for another process to download a.safetensors"]
+    assert hub.sent_ranges() == []
+    assert not list((tmp_path / "cache").rglob("*.part"))
+
+
+def test_without_a_file_for_the_transformer_it_is_left_out(
+    hub: Hub, original: Path, tmp_path: Path
+) -> None:
+    hub.add("owner/tiny", original)
+    file = tmp_path / "another.gguf"
+    source = locate_model("owner/tiny", ignore, transformer=file)
+    assert source.transformer == file
+    assert not list(source.folder.glob("transformer/*.safetensors"))
+    assert (source.folder / "transformer" / "config.json").is_file()
+    num_requests = hub.num_requests
+    locate_model("owner/tiny", ignore, transformer=file)
+    assert hub.num_requests == num_requests
+    locate_model("owner/tiny", ignore)
+    assert list(source.folder.glob("transformer/*.safetensors"))
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+@pytest.mark.parametrize("network", ["vae", "image_encoder"])
+def test_a_network_alone_is_downloaded_alone(
+    hub: Hub, original: Path, tmp_path: Path, network: str, layout: str
+) -> None:
+    folder = original
+    if layout == "original":
+        folder = write_original(tmp_path / "theirs", build_original_networks())
+    hub.add("owner/tiny", folder)
+    whole = ModelSource(folder=folder, defaults=TINY_DEFAULTS, name="")
+    weights = {path.name for path in whole.weight_files(network)}
+    events: list[Event] = []
+    source = locate_model("owner/tiny", events.append, networks=(network,))
+    found = [path for path in source.folder.rglob("*") if path.is_file()]
+    assert {path.name for path in found if path.suffix != ".json"} == weights
+    assert source.weight_files(network)
+    num_requests = hub.num_requests
+    assert locate_model("owner/tiny", ignore, networks=(network,)) == source
+    assert hub.num_requests == num_requests
+    # What needs all of it fetches the rest.
+    assert locate_model("owner/tiny", ignore).folder == source.folder
+    source.check_files()
+
+
+def test_a_repository_in_the_original_layout(hub: Hub, tmp_path: Path) -> None:
+    write_original(tmp_path / "wan", build_original_networks())
+    hub.add("owner/wan", tmp_path / "wan")
+    needed = set(hub.repositories["owner/wan"])
+    hub.repositories["owner/wan"] |= {
+        "config.json": b"{}",
+        "process_checkpoint/det/yolov10m.onnx": b"not needed",
+        "relighting_lora/adapter_model.safetensors": b"not needed",
+    }
+    source = locate_model("owner/wan", ignore)
+    assert source.layout == "original"
+    folder = source.folder
+    assert {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} == needed
+    check_checkpoint(source)
+    num_requests = hub.num_requests
+    assert locate_model("owner/wan", ignore) == source
+    assert hub.num_requests == num_requests
+
+
+def test_a_token_goes_to_the_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    locate_lora(LORA)
+    tokens = {
+        request.path.startswith("/cdn/"): request.headers.get("authorization")
+        for request in hub.requests
+    }
+    assert tokens == {False: "Bearer hf_secret", True: None}
 
 
 @pytest.mark.parametrize(
@@ -395,6 +511,20 @@ def test_a_lora_from_the_hub(hub: Hub) -> None:
     )
 
 
+def test_a_lora_of_peft_comes_with_its_configuration(hub: Hub) -> None:
+    """Without it the matrices would count as if alpha were the rank."""
+    files = {"x/adapter_model.safetensors": b"weights", "adapter_config.json": b"of another"}
+    hub.repositories["owner/peft"] = files
+    spec = LoraSpec("owner/peft/x/adapter_model.safetensors")
+    assert message_of(WeightsError, lambda: locate_lora(spec)) == (
+        f"--lora {spec.source} has no x/adapter_config.json beside it. Give another LoRA."
+    )
+    files["x/adapter_config.json"] = b"configuration"
+    path = locate_lora(spec)
+    assert path.read_bytes() == b"weights"
+    assert path.with_name("adapter_config.json").read_bytes() == b"configuration"
+
+
 @pytest.mark.parametrize("locate", [locate_model, lambda name, _: locate_lora(LoraSpec(name))])
 def test_a_name_that_no_repository_can_have(locate: Callable[..., object]) -> None:
     message = message_of(SettingsError, lambda: locate("owner/two--dashes", ignore))
@@ -441,7 +571,7 @@ def test_the_environment_counts_and_stderr_stays_clean(tmp_path: Path) -> None:
         "PYTHONPATH": str(Path(hub_module.__file__).parents[1]),
         "HF_ENDPOINT": "http://127.0.0.1:9",
         "HF_HOME": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"],
     }
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

@@ -13,9 +13,16 @@ import torch
 from everanimate_cli import learned_metrics
 from everanimate_cli.eval_settings import parse_horizons
 from everanimate_cli.events import Note
-from everanimate_cli.frame_metrics import Moment, Track, Unavailable, Whole
+from everanimate_cli.frame_metrics import Backdrop, Moment, Track, Unavailable, Whole
 from everanimate_cli.frechet import FeatureSums, frechet_distance
-from everanimate_cli.learned_metrics import FidMeter, FvdMeter, LpipsMeter, lacking, load_network
+from everanimate_cli.learned_metrics import (
+    BackgroundLpipsMeter,
+    FidMeter,
+    FvdMeter,
+    LpipsMeter,
+    lacking,
+    load_network,
+)
 
 CPU = torch.device("cpu")
 
@@ -87,7 +94,11 @@ def test_too_few_frames_and_clips_are_said_so() -> None:
     assert fvd.outcomes() == {"fvd": Unavailable("needs two clips of 16 frames or more")}
 
 
-def test_lpips_sees_every_so_many_frames_as_shares_of_white() -> None:
+def test_lpips_sees_every_so_many_frames_as_shares_of_white(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(learned_metrics, "LPIPS_LEAST_PX", 8)
+
     def network(made: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
         assert made.shape == (1, 3, 8, 10)
         return (made - truth).abs().mean()
@@ -101,6 +112,74 @@ def test_lpips_sees_every_so_many_frames_as_shares_of_white() -> None:
     expected = [np.abs(frame(i) / 255 - frame(1000 + i) / 255).mean() for i in (0, 3, 6)]
     assert values[[0, 3, 6]] == pytest.approx(expected, rel=1e-5)
     assert np.isfinite(values).sum() == 3
+
+
+def test_background_lpips_is_that_of_the_scene_over_its_share(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twice the person: where it stands now, and where it stood when the scene was seen."""
+    monkeypatch.setattr(learned_metrics, "LPIPS_LEAST_PX", 8)
+    pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def network(made: torch.Tensor, scene: torch.Tensor) -> torch.Tensor:
+        pairs.append((made, scene))
+        return (made - scene).abs().mean()
+
+    left, right = np.zeros((2, 8, 10), np.bool_)
+    left[2:6, :3] = True
+    right[2:6, 6:] = True
+    first, second = np.full((2, 8, 10, 3), 50, np.uint8)
+    second += np.uint8(2)
+    later = np.full((8, 10, 3), 51 + 20, np.uint8)
+    for frame_u8, person in ((first, left), (second, left), (later, right)):
+        frame_u8[person] = 200
+    backdrop = Backdrop(2)
+    meter = BackgroundLpipsMeter(network, CPU, 2, backdrop)
+    for index, (frame_u8, person) in enumerate(
+        [(first, left), (second, left), (later, right), (later, right), (later, None)]
+    ):
+        meter.add(Moment(index, frame_u8, person=person))
+    outcome = meter.outcomes()["background_lpips"]
+    assert isinstance(outcome, Track)
+    # One frame of the first two is the measure, the third is not asked for, the last has no pose.
+    assert np.isfinite(outcome.per_frame()).tolist() == [False, False, True, False, False]
+    assert len(pairs) == 1
+    made, scene = (part[0].permute(1, 2, 0).numpy() * 255 for part in pairs[0])
+    hidden = left | right
+    np.testing.assert_allclose(made[hidden], scene[hidden])
+    np.testing.assert_allclose(scene[~left], 51)
+    np.testing.assert_allclose(made[~hidden], 71)
+    # All that is seen is 20 levels off, whatever share of the frame it is.
+    assert outcome.per_frame()[2] == pytest.approx(20 / 255, rel=1e-5)
+
+
+def test_why_there_may_be_no_background_lpips(monkeypatch: pytest.MonkeyPatch) -> None:
+    def network(*_: torch.Tensor) -> torch.Tensor:
+        raise AssertionError
+
+    def reason(*moments: Moment) -> str:
+        meter = BackgroundLpipsMeter(network, CPU, 1, Backdrop(1))
+        for moment in moments:
+            meter.add(moment)
+        outcome = meter.outcomes()["background_lpips"]
+        assert isinstance(outcome, Unavailable)
+        return outcome.reason
+
+    nobody = np.zeros((8, 10), np.bool_)
+    pair = [Moment(index, frame(index), person=nobody) for index in (0, 1)]
+    assert reason(*pair) == "needs frames of at least 31x31 pixels"
+    monkeypatch.setattr(learned_metrics, "LPIPS_LEAST_PX", 8)
+    assert reason(pair[0]) == "needs a video that is longer than its first 1 frames"
+    covered = [Moment(index, frame(index), person=~nobody) for index in (0, 1)]
+    assert reason(*covered) == "not defined: no pixel is ever seen beside the person"
+
+
+def test_lpips_needs_room_for_its_network() -> None:
+    meter = LpipsMeter(lambda made, truth: made - truth, CPU, 1)
+    for moment in moments(2):
+        meter.add(moment)
+    reason = Unavailable("needs frames of at least 31x31 pixels")
+    assert meter.outcomes() == {"lpips": reason}
 
 
 # --- what is missing -----------------------------------------------------------------------------

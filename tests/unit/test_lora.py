@@ -1,5 +1,6 @@
 """LoRA files under every known naming, on a network of one block with unequal sizes."""
 
+import json
 import re
 import subprocess
 import sys
@@ -13,12 +14,14 @@ from torch import Tensor, nn
 from everanimate_cli.errors import WeightsError
 from everanimate_cli.lora import (
     LORA_TARGET_PATTERN,
-    fuse_lora,
+    describe_lora,
+    fuse_loras,
     load_lora,
     plan_lora,
     released_key,
 )
-from everanimate_cli.safetensors_header import read_tensor_shapes
+from everanimate_cli.lora_config import lora_weights_file
+from everanimate_cli.safetensors_header import read_number, read_tensor_shapes
 
 RANK = 2
 # Original name, diffusers name: one of each kind that LoRA files address.
@@ -107,7 +110,7 @@ def test_namings_with_a_and_b(
         tensors[f"{module}.{suffix.format('B')}"] = up
     save_file(tensors, tmp_path / "lora.safetensors")
     network = build_network()
-    assert fuse_lora(network, tmp_path / "lora.safetensors") == len(NAMES)
+    assert fuse_loras(network, [(tmp_path / "lora.safetensors", 1.0)]) == len(NAMES)
     assert_fused(network, matrices)
 
 
@@ -123,7 +126,7 @@ def test_namings_with_down_up_and_alpha(
         tensors[f"{module}.alpha"] = torch.tensor(1.0)
     save_file(tensors, tmp_path / "lora.safetensors")
     network = build_network()
-    fuse_lora(network, tmp_path / "lora.safetensors", scale=3.0)
+    fuse_loras(network, [(tmp_path / "lora.safetensors", 3.0)])
     assert_fused(network, matrices, factor=3.0 / RANK)
 
 
@@ -137,7 +140,7 @@ def test_alpha_in_a_released_file_is_ignored(
         tensors[f"{name}.alpha"] = torch.tensor(1.0)
     save_file(tensors, tmp_path / "lora.safetensors")
     network = build_network()
-    fuse_lora(network, tmp_path / "lora.safetensors")
+    fuse_loras(network, [(tmp_path / "lora.safetensors", 1.0)])
     assert_fused(network, matrices)
 
 
@@ -153,7 +156,7 @@ def test_whole_differences_and_convolutions(tmp_path: Path) -> None:
     }
     save_file(tensors, tmp_path / "lora.safetensors")
     network = build_network()
-    assert fuse_lora(network, tmp_path / "lora.safetensors", scale=0.5) == 4
+    assert fuse_loras(network, [(tmp_path / "lora.safetensors", 0.5)]) == 4
     expected = 0.5 * torch.einsum("orxyz,riabc->oiabc", up, down)
     torch.testing.assert_close(network.get_parameter("patch_embedding.weight").data, expected)
     assert (network.get_parameter("blocks.0.norm2.weight") == 1.0).all()
@@ -171,7 +174,7 @@ def test_sum_is_formed_in_float32(tmp_path: Path) -> None:
     )
     network = build_network().to(torch.bfloat16)
     network.get_parameter("proj_out.weight").data.fill_(-256)
-    fuse_lora(network, tmp_path / "lora.safetensors")
+    fuse_loras(network, [(tmp_path / "lora.safetensors", 1.0)])
     weight = network.get_parameter("proj_out.weight")
     assert weight.dtype == torch.bfloat16
     assert (weight == 1).all()
@@ -194,6 +197,190 @@ def test_loaded_for_training_under_diffusers_names(tmp_path: Path) -> None:
     torch.testing.assert_close(loaded["blocks.0.attn1.to_q.lora_B.weight"], 4 * up)
 
 
+PEFT = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "base_model_name_or_path": "a/b"}
+
+
+def write_peft(
+    folder: Path, matrices: dict[str, tuple[Tensor, Tensor]], config: dict[str, object]
+) -> Path:
+    """A folder as `save_pretrained` of PEFT makes it; the file in it."""
+    folder.mkdir()
+    tensors = {}
+    for name, (down, up) in matrices.items():
+        tensors[f"base_model.model.{NAMES[name]}.lora_A.weight"] = down
+        tensors[f"base_model.model.{NAMES[name]}.lora_B.weight"] = up
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return lora_weights_file(folder)
+
+
+@pytest.mark.parametrize(
+    ("more", "factor"),
+    [
+        ({}, 8 / RANK),
+        ({"use_rslora": True}, 8 / RANK**0.5),
+        ({"lora_alpha": RANK}, 1.0),
+        ({"alpha_pattern": {"blocks.0.*": 3, "proj_out": 3, "condition_embedder.*": 3}}, 3 / RANK),
+    ],
+)
+def test_the_configuration_of_peft_scales_the_product(
+    matrices: dict[str, tuple[Tensor, Tensor]],
+    tmp_path: Path,
+    more: dict[str, object],
+    factor: float,
+) -> None:
+    path = write_peft(tmp_path / "adapter", matrices, PEFT | more)
+    network = build_network()
+    fuse_loras(network, [(path, 1.0)])
+    assert_fused(network, matrices, factor=factor)
+    loaded = load_lora(path, network_shapes())
+    torch.testing.assert_close(loaded["proj_out.lora_B.weight"], factor * matrices["head.head"][1])
+
+
+@pytest.mark.parametrize("prefix", ["", "transformer."])
+def test_the_configuration_in_a_file_of_diffusers_scales_the_product(
+    matrices: dict[str, tuple[Tensor, Tensor]], tmp_path: Path, prefix: str
+) -> None:
+    tensors = {}
+    for name, (down, up) in matrices.items():
+        tensors[f"{prefix}{NAMES[name]}.lora_A.weight"] = down
+        tensors[f"{prefix}{NAMES[name]}.lora_B.weight"] = up
+    config = json.dumps({f"{prefix}{key}": value for key, value in PEFT.items()})
+    path = tmp_path / "lora.safetensors"
+    save_file(tensors, path, metadata={"lora_adapter_metadata": config})
+    network = build_network()
+    fuse_loras(network, [(path, 1.0)])
+    assert_fused(network, matrices, factor=8 / RANK)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        (PEFT | {"use_dora": True}, "describes a DoRA. Give a plain LoRA."),
+        (PEFT | {"peft_type": "LOHA"}, "describes LOHA, not LORA. Give a plain LoRA."),
+        ({"r": 3}, "names no lora_alpha. Give a configuration of PEFT."),
+        ([1], "names no lora_alpha. Give a configuration of PEFT."),
+        ("{", "cannot be read: it holds no JSON object."),
+    ],
+)
+def test_other_configurations_are_refused(
+    matrices: dict[str, tuple[Tensor, Tensor]], tmp_path: Path, config: object, problem: str
+) -> None:
+    path = write_peft(tmp_path / "adapter", matrices, {})
+    config_path = tmp_path / "adapter" / "adapter_config.json"
+    text = config if isinstance(config, str) else json.dumps(config)
+    config_path.write_text(text, encoding="utf-8")
+    with pytest.raises(WeightsError) as caught:
+        plan_lora(path, network_shapes())
+    assert str(caught.value) == f"{config_path} {problem}"
+
+
+@pytest.mark.parametrize(
+    ("key", "kind"),
+    [
+        ("head.head.lora_magnitude_vector", "DoRA"),
+        ("head.head.lora_magnitude_vector.default.weight", "DoRA"),
+        ("lora_unet_head_head.dora_scale", "DoRA"),
+        ("lora_unet_head_head.hada_w1_a", "LoHa"),
+        ("lora_unet_head_head.lokr_w1", "LoKr"),
+        ("head.head.oft_R.weight", "OFT"),
+    ],
+)
+def test_other_kinds_of_adapters_are_refused_by_name(tmp_path: Path, key: str, kind: str) -> None:
+    """Their matrices alone would load, and count as they should not."""
+    path = tmp_path / "other.safetensors"
+    tensors = {
+        "head.head.lora_A.weight": torch.ones(RANK, SIZE[1]),
+        "head.head.lora_B.weight": torch.ones(SIZE[0], RANK),
+    }
+    assert refuse(path, tensors | {key: torch.ones(5)}) == (
+        f"LoRA {path} is a {kind} (1 keys such as {key}), which is more than a product that can "
+        "be added. Give a plain LoRA."
+    )
+
+
+def test_the_order_of_two_loras_does_not_matter(
+    matrices: dict[str, tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
+    """Rounded after each of them, the first one's last bits would be lost."""
+    loras = []
+    for number, suffix in enumerate(["lora_{}.default.weight", "lora_{}.weight"], start=1):
+        path = tmp_path / f"{number}.safetensors"
+        tensors = {}
+        for name, (down, up) in matrices.items():
+            tensors[f"{name}.{suffix.format('A')}"] = down / number
+            tensors[f"{name}.{suffix.format('B')}"] = up + number
+        save_file(tensors, path)
+        loras.append((path, 0.01 * number))
+    made = []
+    for order in (loras, loras[::-1]):
+        network = build_network().to(torch.bfloat16)
+        for parameter in network.parameters():
+            parameter.data.fill_(1.37)
+        assert fuse_loras(network, order) == len(NAMES)
+        made.append(network.state_dict())
+    torch.testing.assert_close(*made, rtol=0, atol=0)
+
+
+def test_what_a_file_says_of_itself(
+    matrices: dict[str, tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
+    path = tmp_path / "lora.safetensors"
+    down, up = matrices["head.head"]
+    released = {"head.head.lora_A.default.weight": down, "head.head.lora_B.default.weight": up}
+    told = {"base": "a/b", "stage": "2", "step": "3000", "rank": "2", "format": "pt"}
+    save_file(released, path, metadata=told)
+    assert describe_lora(path, network_shapes()).to_json() == {
+        "rank": RANK,
+        "naming": "Wan names, lora_A.default and lora_B.default",
+        "layers": 1,
+        "base": "a/b",
+        "stage": "2",
+        "step": "3000",
+    }
+    kohya = {
+        "lora_unet_head_head.lora_down.weight": down,
+        "lora_unet_head_head.lora_up.weight": up,
+        "lora_unet_head_head.alpha": torch.tensor(0.5, dtype=torch.bfloat16),
+        "lora_unet_blocks_0_norm3.diff_b": torch.ones(3),
+    }
+    save_file(kohya, path, metadata={"ss_steps": "40"})
+    assert describe_lora(path, network_shapes()).to_json() == {
+        "rank": RANK,
+        "alpha": 0.5,
+        "naming": "Wan names after lora_unet_, lora_down and lora_up and diff_b",
+        "layers": 2,
+        "step": "40",
+    }
+    path = write_peft(tmp_path / "adapter", matrices, PEFT | {"alpha_pattern": {"proj_out": 2}})
+    assert describe_lora(path, network_shapes()).to_json() == {
+        "rank": RANK,
+        "alpha": [2, 8],
+        "naming": "diffusers names after base_model.model., lora_A and lora_B",
+        "layers": len(NAMES),
+        "base": "a/b",
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype"),
+    [
+        (0.5, torch.float16),
+        (-3.25, torch.bfloat16),
+        (1e-3, torch.float32),
+        (1e-3, torch.float64),
+        (32, torch.int64),
+    ],
+)
+def test_numbers_are_read_without_torch(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    path = tmp_path / "numbers.safetensors"
+    stored = torch.tensor(value, dtype=dtype)
+    save_file({"before": torch.ones(3), "number": stored, "z": torch.ones(2)}, path)
+    assert read_number(path, "number") == stored.item()
+    with pytest.raises(WeightsError, match=r"is of type F32 and shape \[3\], not a single number"):
+        read_number(path, "before")
+
+
 def test_released_key() -> None:
     assert released_key("blocks.7.attn2.to_out.0.lora_B.weight") == (
         "blocks.7.cross_attn.o.lora_B.default.weight"
@@ -211,7 +398,7 @@ def refuse(path: Path, tensors: dict[str, Tensor]) -> str:
     save_file(tensors, path)
     network = build_network()
     with pytest.raises(WeightsError) as caught:
-        fuse_lora(network, path)
+        fuse_loras(network, [(path, 1.0)])
     assert not any(parameter.any() for parameter in network.parameters())
     return str(caught.value)
 
@@ -237,7 +424,6 @@ def test_unknown_keys_are_listed_and_counted(tmp_path: Path) -> None:
     [
         (["head.head.lora_A.weight"], "head.head.lora_A.weight"),
         (["head.head.alpha"], "head.head.alpha"),
-        (["head.head.dora_scale"], "head.head.dora_scale"),
         (["blocks.0.norm3.diff_m"], "blocks.0.norm3.diff_m"),
         (["head.head.diff", "proj_out.diff"], "proj_out.diff"),
     ],

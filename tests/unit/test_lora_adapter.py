@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everanimate_cli.errors import SettingsError, WeightsError
-from everanimate_cli.lora import fuse_lora, released_key
+from everanimate_cli.lora import fuse_loras, released_key
 from everanimate_cli.lora_adapter import (
     attach_lora,
     load_initial_lora,
@@ -121,7 +121,7 @@ def test_a_fused_file_equals_the_adapters(
         metadata={"rank": str(RANK)},
     )
     fused = network()
-    assert fuse_lora(fused, path) == NUM_LAYERS_PER_BLOCK * len(fused.blocks)
+    assert fuse_loras(fused, [(path, 1.0)]) == NUM_LAYERS_PER_BLOCK * len(fused.blocks)
     wanted = run(made, inputs)
     torch.testing.assert_close(run(fused, inputs), wanted, atol=1e-5, rtol=1e-5)
     assert (wanted - run(network(), inputs)).abs().max() > 1e-3

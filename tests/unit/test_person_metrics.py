@@ -281,6 +281,32 @@ def test_frames_are_found_by_time_and_end_with_the_driving(tmp_path: Path) -> No
     assert np.isnan(pose.points[4]).all()  # half a frame of the video is left of the driving
 
 
+def test_frames_of_a_driving_can_come_again(tmp_path: Path) -> None:
+    keypoints = np.stack([body(100, 200) + np.array([i, 0, 0]) for i in range(3)])
+    folder = write_folder(tmp_path / "pose", keypoints, size="200x100")
+    pose = read(folder, (100, 200), indices=[0, 1, 2, 1, 0, 7])
+    assert pose is not None
+    assert pose.points[:5, 0, 0].tolist() == [100, 101, 102, 101, 100]
+    assert np.isnan(pose.points[5]).all()
+
+
+def test_keypoints_of_another_kind_are_refused(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "pose", body(100, 200)[None])
+    path = folder / "keypoints.npz"
+    np.savez(path, keypoints=np.zeros((4, 17, 3)))
+    with pytest.raises(InputError, match=r"holds keypoints float64 \(4, 17, 3\)\). Extract it"):
+        read(folder, (64, 96))
+    np.savez(path, other=np.zeros(3))
+    with pytest.raises(InputError, match=r"is damaged"):
+        read(folder, (64, 96))
+    np.savez_compressed(path, keypoints=np.random.default_rng(0).random((9, 133, 3)))
+    content = bytearray(path.read_bytes())
+    content[2000:2200] = bytes(200)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"is damaged"):
+        read(folder, (64, 96))
+
+
 def test_a_folder_without_keypoints_or_with_damaged_ones(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "pose", body(100, 200)[None])
     (folder / "extract.json").write_text("{")

@@ -128,7 +128,7 @@ def nothing() -> None:
             {"model": "dance"},
             WeightsError,
             "--model dance has no transformer/config.json. "
-            "Give a checkpoint folder in diffusers layout.",
+            "Give a checkpoint folder in diffusers or the original layout.",
         ),
         (
             nothing,

@@ -100,7 +100,7 @@ class Page(HTMLParser):
 def pixels(uri: str) -> np.ndarray:
     """[H, W, 3] of a picture that is part of a page."""
     kind, data = uri.split(",", 1)
-    assert kind == "data:image/jpeg;base64"
+    assert kind == "data:image/webp;base64"
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
 
 
@@ -741,7 +741,7 @@ def test_of_a_large_test_set_some_videos_are_shown(tmp_path: Path) -> None:
 
 
 def test_the_truth_is_shown_from_where_the_video_begins(tmp_path: Path) -> None:
-    facts = method("a", num_frames=30, fps=10) | {"start_s": 1.5}
+    facts = method("a", num_frames=30, fps=10) | {"truth_start_s": 1.5, "start_s": 9.0}
     page = written(
         tmp_path,
         evaluation(facts),
@@ -750,6 +750,54 @@ def test_the_truth_is_shown_from_where_the_video_begins(tmp_path: Path) -> None:
     )
     row = page.row_pictures[page.rows.index(page.row("Video", "truth"))]
     assert frame_numbers([pixels(uri) for uri in row]) == [15, 20, 25, 30, 35, 40]
+
+
+def test_after_the_end_of_the_driving_there_are_poses_and_no_truth(tmp_path: Path) -> None:
+    changes = {"extend": "pingpong", "driving_frames": 12, "compared_frames": 12, "start_s": 0.2}
+    facts = method("a", num_frames=30, fps=10) | changes
+    (tmp_path / "dance").mkdir()
+    numbered_video(tmp_path / "dance" / "pose.mp4", 20)
+    video = numbered_video(tmp_path / "made.mp4", 30)
+    page = written(
+        tmp_path, evaluation(facts), videos={"a": video}, truth=video, driving=tmp_path / "dance"
+    )
+    assert page.row("Method", "a")[3] == (
+        "30 at 10 fps, 12 compared, driven by 12 and on by pingpong"
+    )
+    assert page.row("Video", "truth")[1:] == [""] * 3 + ["no such frame"] * 3
+    row = page.row_pictures[page.rows.index(page.row("Video", "driving pose"))]
+    # 0, 5, 10 and, on the way back, 15, 20, 25; all of them two frames later in the file.
+    assert frame_numbers([pixels(uri) for uri in row]) == [2, 7, 12, 9, 4, 5]
+
+
+# --- without videos ------------------------------------------------------------------------------
+
+
+def test_a_page_of_stills_has_no_player(tmp_path: Path) -> None:
+    video = numbered_video(tmp_path / "a.mp4")
+    facts = method("a", num_frames=60, fps=10, chunk_joins=[20])
+    whole, stills, bare = (
+        written(
+            tmp_path,
+            evaluation(facts),
+            videos={"a": video},
+            truth=video,
+            reference=None,
+            media=media,
+        )
+        for media in ("videos", "stills", "none")
+    )
+    assert [len(page.all("video")) for page in (whole, stills, bare)] == [2, 0, 0]
+    assert len(stills.all("img")) == len(whole.all("img")) > 10
+    assert bare.all("img") == []
+    for page in (stills, bare):
+        links = {str(link["href"])[1:] for link in page.all("a") if "href" in link}
+        assert links <= {str(found["id"]) for _, found in page.elements if "id" in found}
+        assert not [link for link in page.all("a") if "data-seek-s" in link]
+    assert stills.row("Join", "1 ")[0].replace(" s", "s").startswith("1 worst2s")
+    plots = [[p["aria-labelledby"] for p in page.all("svg") if p["class"] == "plot"]
+             for page in (whole, bare)]  # fmt: skip
+    assert plots[0] == plots[1] != []
 
 
 # --- PNG -----------------------------------------------------------------------------------------

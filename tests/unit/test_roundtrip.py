@@ -3,14 +3,18 @@
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from tiny import build_tiny_pipeline
+from hub_server import Hub, serve, use_hub
+from original import build_original_networks, write_original
+from tiny import build_tiny_pipeline, write_tiny_checkpoint
 from torch import Tensor
 
-from everanimate_cli.analyze_settings import Quantise
+from everanimate_cli.analyze_settings import Quantise, RoundtripSettings
+from everanimate_cli.images import write_png
 from everanimate_cli.memory import from_uint8
 from everanimate_cli.roundtrip import (
     Comparison,
@@ -18,6 +22,7 @@ from everanimate_cli.roundtrip import (
     Pool,
     Trip,
     amplified,
+    analyze_roundtrip,
     choose_gain,
     compare,
     round_trip,
@@ -151,6 +156,33 @@ def test_a_trip_is_the_pipelines_encoding_and_decoding() -> None:
     assert made.shape == pixels.shape
     torch.testing.assert_close(made[0], expected, atol=1e-5, rtol=0)
     assert (made - pixels).abs().mean() > 0.05  # random weights
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original"])
+def test_of_a_model_on_the_hub_the_vae_alone_is_fetched(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if layout == "original":
+        folder = write_original(tmp_path / "theirs", build_original_networks())
+    else:
+        folder = write_tiny_checkpoint(tmp_path / "tiny")
+    write_png(Path("anna.png"), np.full((32, 48, 3), 90, np.uint8))
+    settings = RoundtripSettings(
+        video=Path("anna.png"), model="owner/tiny", size="48x32", trips=1, flat=False, device="cpu"
+    )
+    hub = Hub()
+    hub.add("owner/tiny", folder)
+    with serve([hub]) as address:
+        use_hub(address, tmp_path / "cache", monkeypatch)
+        result = analyze_roundtrip(settings, lambda _: None)
+    assert result.facts["size"] == "48x32"
+    sent = [request.path for request in hub.requests if request.path.startswith("/cdn/")]
+    vae_file = {
+        "diffusers": "vae/diffusion_pytorch_model.safetensors",
+        "original": "Wan2.1_VAE.pth",
+    }
+    assert sent == [f"/cdn/owner/tiny/{vae_file[layout]}"]
 
 
 def test_squared_errors_are_averaged_and_not_decibels() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from everanimate_cli import hub, toy_loop, toy_training, toyworld, weights
+from everanimate_cli import checkpoint, hub, toy_loop, toy_training, toyworld, weights
 from everanimate_cli.toy_loop import Muon, TrainingPlan, load_average, train
 
 
@@ -82,7 +82,7 @@ def test_all_stages_make_a_checkpoint_that_loads(
     output = tmp_path / "model"
     toy_training.export(tmp_path, output)
     source = hub.locate_model(str(output), lambda _event: None)
-    weights.check_checkpoint(source)
+    checkpoint.check_checkpoint(source)
     assert source.defaults.frames_per_chunk == toy_training.FRAMES_PER_CHUNK
     assert sum(p.stat().st_size for p in output.rglob("*") if p.is_file()) < 16_000_000
     config = json.loads((output / "vae" / "config.json").read_text())

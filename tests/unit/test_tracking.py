@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dances import dancer, group_frames, pixels
 from numpy.typing import NDArray
 
 from everanimate_cli import tracking
@@ -23,6 +24,7 @@ People = Sequence[tuple[Box, Rgb]]
 FPS = 25.0
 HEIGHT, WIDTH = 120, 240
 RED, BLUE, GREEN, YELLOW = (200, 30, 30), (40, 60, 210), (30, 160, 60), (220, 210, 40)
+PURPLE = (150, 20, 170)
 LEFT: Box = (20, 20, 60, 110)
 MIDDLE: Box = (100, 15, 145, 112)
 RIGHT: Box = (180, 20, 220, 110)
@@ -136,6 +138,25 @@ class TestDescribe:
         assert np.isfinite(looks).all()
         assert not looks[2].any()
 
+    def test_the_background_between_spread_arms_is_not_the_person(self) -> None:
+        """Two who hardly fill their boxes once looked alike before the same wall."""
+        wide = (20, 20, 100, 110)
+        looks = []
+        for rgb in (RED, BLUE):
+            for grey in (120, 200):
+                frame = picture([((54, 20, 66, 110), rgb)], grey)
+                looks.append(describe(frame, np.array([wide], np.float64))[0])
+        likeness = np.array(looks) @ np.array(looks).T
+        np.testing.assert_allclose(np.diag(likeness), 1, atol=1e-5)
+        assert likeness[0, 2] < 0.5
+        assert likeness[1, 3] < 0.5
+
+    def test_somebody_dressed_alike_beside_takes_no_colours_away(self) -> None:
+        alone = describe(picture([(MIDDLE, RED)]), boxes_of([(MIDDLE, RED)]))[0]
+        people: People = [(MIDDLE, RED), (moved(MIDDLE, 46), RED)]
+        pair = describe(picture(people), boxes_of(people))
+        assert (pair @ alone > 0.95).all()
+
 
 class TestTracks:
     def test_ids_of_the_first_frame_follow_the_size(self) -> None:
@@ -238,8 +259,31 @@ class TestChooseTrack:
 
     def test_later_people_come_last(self) -> None:
         tracks = self.opening()
-        feed(tracks, 3.0, [((60, 0, 100, 119), YELLOW), (RIGHT, BLUE)])
+        for time_s in (3.0, 3.1):
+            feed(tracks, time_s, [((60, 0, 100, 119), YELLOW), (RIGHT, BLUE)])
         assert [track.first_box[0] for track in tracks.ranked()] == [100, 180, 20, 60]
+
+    def test_glimpses_are_nobody(self) -> None:
+        """Half an arm at the edge was a person of its own in `--list-persons`."""
+        tracks = self.opening()
+        arm = ((230, 50, 240, 60), YELLOW)
+        feed(tracks, 3.0, [(RIGHT, BLUE), arm])
+        for index in range(5):
+            feed(tracks, 3.1 + index / FPS, [(RIGHT, BLUE)])
+        feed(tracks, 3.5, [(RIGHT, BLUE), ((60, 0, 100, 119), PURPLE)])
+        assert len(tracks.tracks) == 5
+        assert [track.first_box[0] for track in tracks.ranked()] == [100, 180, 20]
+        feed(tracks, 3.6, [(RIGHT, BLUE), ((60, 0, 100, 119), PURPLE)])
+        assert [track.first_box[0] for track in tracks.ranked()] == [100, 180, 20, 60]
+        # Numbers stay: who becomes certain later comes later.
+        for index in range(2):
+            feed(tracks, 3.7 + index / FPS, [(RIGHT, BLUE), arm])
+        assert [track.first_box[0] for track in tracks.ranked()] == [100, 180, 20, 60, 230]
+
+    def test_a_single_look_is_enough_for_a_picture(self) -> None:
+        tracks = Tracks(HEIGHT, WIDTH)
+        feed(tracks, 0.0, [(LEFT, RED), (MIDDLE, BLUE)])
+        assert [track.first_box[0] for track in tracks.ranked()] == [100, 20]
 
     def test_flicker_is_not_chosen(self) -> None:
         tracks = Tracks(HEIGHT, WIDTH)
@@ -438,10 +482,27 @@ class TestLeaving:
         watch.show_many(10, [], pose=pose_in(RIGHT, 0.1))
         assert watch.show_many(100, [(RIGHT, BLUE)]) == [None] * 100
 
+    def test_a_thin_stranger_in_the_same_place_is_not_followed(self) -> None:
+        """With much background in their boxes they were one person."""
+        red, blue = (((114, 15, 126, 112), rgb) for rgb in (RED, BLUE))
+        box = (80, 15, 160, 112)
+        tracks = Tracks(HEIGHT, WIDTH)
+        looks = describe(picture([red]), np.array([box], np.float64))
+        tracks.update(0.0, np.array([box], np.float64), np.array([0.9]), looks)
+        watch = Watch(Tracker(tracks, 0))
+        seen: dict[str, Any] = {"detected": [(box, RED)], "pose": pose_in(box)}
+        assert None not in watch.show_many(5, [red], **seen)
+        watch.show_many(10, [], pose=pose_in(box, 0.1))
+        assert watch.show_many(60, [blue], **seen) == [None] * 60
+        assert watch.show_many(9, [red], **seen)[-1] is not None
+
     def test_a_stranger_takes_over_after_two_seconds_if_allowed(self) -> None:
         watch = Watch(tracker_of([(RIGHT, RED)], reacquire="any"))
         watch.show_many(5, [(RIGHT, RED)])
-        found = watch.show_many(80, [(LEFT, BLUE)], pose=pose_in(RIGHT, 0.1))
+        # Not in the very next frame: that would be a cut, behind which nobody waits.
+        found = watch.show_many(1, [], pose=pose_in(RIGHT, 0.1))
+        found += watch.show_many(80, [(LEFT, BLUE)], pose=pose_in(RIGHT, 0.1))
+        assert watch.tracker.num_cuts == 0
         assert watch.tracker.followed_id == 1
         (switch,) = watch.tracker.switches
         assert (switch["from_id"], switch["to_id"]) == (0, 1)
@@ -489,6 +550,51 @@ class TestCuts:
         assert watch.show([(LEFT, BLUE), (MIDDLE, GREEN)], grey=250) == MIDDLE
         assert watch.tracker.switches[0]["frame_index"] == 3
         assert watch.tracker.lost_spans == []
+
+    @pytest.mark.parametrize("rooms", [(0, 7), (3, 4), (11, 20)])
+    def test_a_cut_between_rooms_of_equal_brightness(self, rooms: tuple[int, int]) -> None:
+        """Nobody noticed: until the next look of the detector a stranger was the person."""
+        first, second = (
+            group_frames([dancer(number)], 4, height=HEIGHT, width=WIDTH, room=room)
+            for number, room in enumerate(rooms)
+        )
+        frames = pixels(first).astype(float), pixels(second).astype(float)
+        # Brought to the same brightness, frame by frame.
+        level = frames[0].mean()
+        shown = np.concatenate([f * level / f.mean(axis=(1, 2, 3), keepdims=True) for f in frames])
+        shown = shown.clip(0, 255).astype(np.uint8)
+        greys = shown.mean(axis=(1, 2, 3))
+        assert np.ptp(greys) < 6
+        assert np.abs(np.diff(shown[3:5].mean(axis=3), axis=0)).mean() < 0.2 * 255
+        boxes = [frame.figures[0].box[None] for frame in (*first, *second)]
+        tracks = Tracks(HEIGHT, WIDTH)
+        tracks.update(0.0, boxes[0], np.array([0.9]), describe(shown[0], boxes[0]))
+        tracker, asked, found = Tracker(tracks, 0), [], []
+        for index, frame in enumerate(shown):
+            if tracker.start_frame(index, index / FPS, frame):
+                asked.append(index)
+                tracker.update_detections(boxes[index], np.array([0.9]), frame)
+            found.append(tracker.box_for_pose() is not None)
+        assert tracker.num_cuts == 1
+        assert asked[:2] == [0, 4]
+        assert found == [True] * 4 + [False] * 4
+
+    @pytest.mark.parametrize("change", ["light", "dark", "red", "flash", "pan", "zoom"])
+    def test_light_and_camera_are_no_cuts(self, change: str) -> None:
+        frame = group_frames([dancer(0)], 1, height=288, width=512, room=7)[0].rgb
+        after = {
+            "light": frame * 1.3,
+            "dark": frame * 0.6,
+            "red": frame * (1.1, 0.6, 0.6),
+            "flash": frame + 50.0,
+            "pan": frame[:, 50:],
+            "zoom": frame[20:-20, 36:-36],
+        }[change]
+        before = frame[:, :-50] if change == "pan" else frame
+        watch = tracker_of([(MIDDLE, RED)])
+        watch.start_frame(0, 0.0, before)
+        watch.start_frame(1, 1 / FPS, np.asarray(after).clip(0, 255).astype(np.uint8))
+        assert watch.num_cuts == 0
 
     def test_a_person_who_walks_through_is_no_cut(self) -> None:
         watch = Watch(tracker_of([((0, 0, 100, 120), RED)]))
@@ -629,7 +735,7 @@ class TestState:
         watch.show_many(12, [(MIDDLE, RED), (LEFT, BLUE)])
         state = watch.tracker.state()
         arrays = {k: v for k, v in state.items() if isinstance(v, np.ndarray)}
-        assert set(arrays) == {"looks", "grey", "points"}
+        assert set(arrays) == {"looks", "small", "points"}
         plain = {k: v for k, v in state.items() if k not in arrays}
         assert json.loads(json.dumps(plain)) == plain
 

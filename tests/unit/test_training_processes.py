@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DeepSpeedPlugin, DistributedType
 from sample_fakes import train_settings
 from torch import distributed
 
@@ -31,6 +31,7 @@ class FakeAccelerator:
     process_index: int = 0
     distributed_type: DistributedType = DistributedType.NO
     is_fsdp2: bool = False
+    state: Any = None
     given: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -103,12 +104,6 @@ def test_processes_wait_for_hours_of_preparation(monkeypatch: pytest.MonkeyPatch
     ("accelerator", "changes", "message"),
     [
         (
-            FakeAccelerator(distributed_type=DistributedType.DEEPSPEED),
-            {},
-            "DeepSpeed's state cannot be stored by train-lora. Launch it with DDP or FSDP2: "
-            "what is trained is small, so that ZeRO has nothing to add.",
-        ),
-        (
             FakeAccelerator(distributed_type=DistributedType.FSDP),
             {},
             "FSDP 1 cannot hold frozen and trained weights side by side. "
@@ -118,7 +113,7 @@ def test_processes_wait_for_hours_of_preparation(monkeypatch: pytest.MonkeyPatch
             FakeAccelerator(distributed_type=DistributedType.FSDP, is_fsdp2=True),
             {"quantize_base": "fp8"},
             "--quantize-base fp8 does not go with FSDP. "
-            "Leave it out: FSDP splits the weights already.",
+            "Leave it out: FSDP2 and ZeRO-3 split the weights already.",
         ),
     ],
 )
@@ -131,6 +126,112 @@ def test_ways_of_sharing_that_cannot_work_are_refused(
     with pytest.raises(SettingsError) as error:
         start(monkeypatch, accelerator, **changes)
     assert str(error.value) == message
+
+
+def with_deepspeed(**configuration: Any) -> FakeAccelerator:
+    """As accelerate leaves it, the package DeepSpeed apart."""
+    zero = {"stage": 2} | configuration.pop("zero_optimization", {})
+    plugin = DeepSpeedPlugin(
+        hf_ds_config={
+            "zero_optimization": zero,
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            **configuration,
+        }
+    )
+    plugin.set_mixed_precision("bf16")
+    return FakeAccelerator(
+        num_processes=1,
+        distributed_type=DistributedType.DEEPSPEED,
+        state=SimpleNamespace(deepspeed_plugin=plugin),
+    )
+
+
+def test_the_options_of_the_training_complete_the_configuration_of_deepspeed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """accelerate cannot work out what is "auto" without a data loader and a language model."""
+    accelerator = with_deepspeed(
+        zero_optimization={"reduce_bucket_size": "auto", "overlap_comm": True},
+        gradient_clipping="auto",
+        train_batch_size="auto",
+    )
+    processes = start(
+        monkeypatch, accelerator, batch_size=3, accumulate=2, max_grad_norm=0.5, dtype="bfloat16"
+    )
+    config = accelerator.state.deepspeed_plugin.deepspeed_config
+    assert config["train_micro_batch_size_per_gpu"] == 3
+    assert config["gradient_accumulation_steps"] == 2
+    assert config["train_batch_size"] == 6
+    assert config["gradient_clipping"] == 0.5
+    assert config["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert config["bf16"] == config["fp16"] == {"enabled": False}
+    assert processes.zero_stage == 2
+    assert not processes.shard_weights
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_zero_3_alone_shares_out_the_weights(monkeypatch: pytest.MonkeyPatch, stage: int) -> None:
+    processes = start(monkeypatch, with_deepspeed(zero_optimization={"stage": stage}))
+    assert processes.shard_weights is (stage == 3)
+    assert not processes.uses_fsdp
+
+
+@pytest.mark.parametrize(
+    ("configuration", "message"),
+    [
+        (
+            {"optimizer": {"type": "AdamW"}},
+            "DeepSpeed's configuration has a section optimizer. Leave it out: AdamW is made from "
+            "--lr and --weight-decay.",
+        ),
+        (
+            {"scheduler": {"type": "WarmupLR"}},
+            "DeepSpeed's configuration has a section scheduler. Leave it out: --warmup shapes the "
+            "learning rate.",
+        ),
+        (
+            {"zero_optimization": {"offload_param": {"device": "nvme"}}},
+            "DeepSpeed's offload_param to NVMe keeps state where no checkpoint finds it. "
+            "Give cpu or none.",
+        ),
+        (
+            {"gradient_accumulation_steps": 4},
+            "DeepSpeed's gradient_accumulation_steps is 4, --accumulate is 2. Give one value to "
+            "both, or leave DeepSpeed's out.",
+        ),
+        (
+            {"zero_optimization": {"stage": 0}},
+            "DeepSpeed without ZeRO shares out nothing. Launch with --zero_stage 1, 2 or 3, or "
+            "without --use_deepspeed.",
+        ),
+    ],
+)
+def test_configurations_of_deepspeed_that_would_be_passed_over_are_refused(
+    monkeypatch: pytest.MonkeyPatch, configuration: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(SettingsError) as error:
+        start(monkeypatch, with_deepspeed(**configuration), accumulate=2)
+    assert str(error.value) == message
+
+
+def test_float16_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    accelerator = with_deepspeed()
+    accelerator.state.deepspeed_plugin.deepspeed_config["fp16"] = {"enabled": True}
+    with pytest.raises(SettingsError, match=r"fp16, in which gradients overflow\."):
+        start(monkeypatch, accelerator)
+
+
+def test_deepspeed_on_the_cpu_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate would train by DDP and say nothing."""
+    accelerator = FakeAccelerator()
+    accelerator.deepspeed_engine_wrapped = None  # type: ignore[attr-defined]
+    with pytest.raises(SettingsError) as error:
+        start(monkeypatch, accelerator)
+    assert str(error.value) == (
+        "accelerate runs DeepSpeed on GPUs only. Launch without --use_deepspeed, or leave out "
+        "--device cpu."
+    )
 
 
 def test_what_accelerate_cannot_do_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -244,6 +244,53 @@ def test_a_file_that_is_cut_off_tells_where(tmp_path: Path) -> None:
             assert len(reader) == round(told_s * 25)
 
 
+TORN_KINDS: dict[str, dict] = {
+    "mkv": {"options": SHORT_GROUPS},
+    "webm": {"codec": "libvpx-vp9", "options": {"g": "9", "cpu-used": "8"}},
+    "avi": {"codec": "mjpeg", "pixel_format": "yuvj420p"},
+    "avi of h264": {"options": SHORT_GROUPS},
+}
+
+
+@pytest.mark.parametrize("kind", TORN_KINDS)
+def test_files_without_a_list_of_packets_tell_where_they_are_cut_off(
+    tmp_path: Path, kind: str
+) -> None:
+    """They once passed for short videos; only their lengths tell."""
+    suffix = kind.split(maxsplit=1)[0]
+    whole = write_media(tmp_path / f"whole.{suffix}", moving_frames(50), **TORN_KINDS[kind])
+    assert probe_video(whole).num_frames == 50
+    packets = packet_positions(whole)
+    _, expected = decode_video(whole)
+    torn = tmp_path / f"torn.{suffix}"
+    for num_bytes in (packets[25][1] + packets[25][2] // 2, packets[25][1], packets[2][1] - 1):
+        cut_file(whole, torn, num_bytes)
+        message = media_error(torn)
+        told_s = float(message.split(" at ")[1].split(" s.")[0])
+        assert message == damage_message(torn, told_s)
+        num_whole = sum(position + size <= num_bytes for _, position, size in packets)
+        assert num_whole - 4 <= told_s * 25 <= num_whole
+        if told_s:
+            with VideoReader(torn, end_s=told_s) as reader:
+                found = reader.read(range(len(reader)))
+                np.testing.assert_array_equal(found, expected[: round(told_s * 25)])
+    # A recording that nobody ended does not say how long it is, and what is there is all of it.
+    if suffix == "mkv":
+        data = whole.read_bytes()
+        at = data.index(b"\x18\x53\x80\x67") + 4
+        assert data[at] == 1  # a length of eight bytes
+        torn.write_bytes((data[:at] + b"\x01" + b"\xff" * 7 + data[at + 8 :])[: packets[25][1]])
+        assert probe_video(torn).num_frames == 25
+
+
+def test_an_avi_file_cut_off_in_its_first_frame(tmp_path: Path) -> None:
+    """FFmpeg shows such a frame; it was counted among the good ones, of which there were none."""
+    whole = write_media(tmp_path / "whole.avi", moving_frames(3, 64, 96), codec="mpeg4")
+    _, position, size = packet_positions(whole)[0]
+    torn = cut_file(whole, tmp_path / "torn.avi", position + 3 * size // 4)
+    assert media_error(torn) == damage_message(torn, 0)
+
+
 def test_a_file_that_is_damaged_in_the_middle_tells_where(tmp_path: Path) -> None:
     whole = write_media(tmp_path / "whole.mp4", moving_frames(50), options=SHORT_GROUPS)
     _, expected = decode_video(whole)

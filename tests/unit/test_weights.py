@@ -27,26 +27,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from everanimate_cli.checkpoint import check_checkpoint, checkpoint_hash, count_parameters
 from everanimate_cli.errors import EverAnimateError, InputError, SettingsError, WeightsError
+from everanimate_cli.estimates import Geometry, lora_mib, read_geometry, weights_mib
 from everanimate_cli.events import Event
 from everanimate_cli.hub import locate_lora, locate_model
 from everanimate_cli.lora_adapter import attach_lora, lora_parameters, store_blocks_as_fp8
+from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.records import LoraSpec
 from everanimate_cli.settings import HUB_PRESET
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
 from everanimate_cli.weights import (
-    Geometry,
-    ModelSource,
-    check_checkpoint,
-    checkpoint_hash,
     choose_device,
     choose_dtype,
-    count_parameters,
     load_image_processor,
     load_pipeline,
-    lora_mib,
-    read_geometry,
-    weights_mib,
 )
 
 NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")

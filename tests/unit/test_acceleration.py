@@ -1,0 +1,406 @@
+"""Attention kernels, compilation and fp8: what reaches the network, and what is refused."""
+
+import importlib.util
+import sys
+import types
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch import Tensor
+from torch.testing import assert_close
+
+from everanimate_cli import acceleration, speed_settings
+from everanimate_cli.acceleration import (
+    check_compile,
+    check_fp8_matmul,
+    choose_attention,
+    compile_blocks,
+    enable_fp8_matmul,
+    has_core_to_spare,
+    has_room_beside,
+    use_attention,
+    use_channels_last,
+)
+from everanimate_cli.errors import SettingsError
+from everanimate_cli.memory import chunk_noise
+from everanimate_cli.rollout import Chunk, Rollout
+from everanimate_cli.speed_settings import KERNELS, Attention
+from everanimate_cli.transformer import EverAnimateTransformer3DModel
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+K_ID, T = 2, 3
+NUM_BLOCKS, NUM_ADAPTERS = 4, 2
+
+
+def build_transformer(
+    dtype: torch.dtype = torch.float32, *, merged: bool = False
+) -> EverAnimateTransformer3DModel:
+    transformer = tiny.build_tiny_pipeline(dtype=dtype).transformer
+    assert transformer._merges_padding == (dtype == torch.float32)
+    if not merged and dtype == torch.float32:
+        transformer = tiny.build_networks()["transformer"]
+    return transformer
+
+
+@torch.no_grad()
+def velocity(transformer: EverAnimateTransformer3DModel) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(transformer.dtype)
+
+    text = draw(1, 512, tiny.TEXT_DIM)
+    text[:, 9:] = 0
+    return transformer(
+        draw(1, tiny.TRANSFORMER_CONFIG["in_channels"], K_ID + T, 6, 4),
+        torch.tensor([700.0], dtype=torch.float64),
+        text,
+        draw(1, 17, tiny.CLIP_DIM),
+        draw(1, tiny.INNER_DIM, T, 3, 2),
+        draw(1, T, 5, tiny.INNER_DIM),
+    ).float()
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Counts calls of every kernel by diffusers' name."""
+    counted: Counter[str] = Counter()
+
+    def count(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def kernel(*args: Any, **kwargs: Any) -> Tensor:
+            counted[name] += 1
+            return function(*args, **kwargs)
+
+        return kernel
+
+    for name, function in dict(_AttentionBackendRegistry._backends).items():
+        counting = count(name.value, function)
+        monkeypatch.setitem(_AttentionBackendRegistry._backends, name, counting)
+    return counted
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_kernels_on_the_cpu_agree_and_are_used_everywhere(
+    calls: Counter[str], merged: bool
+) -> None:
+    transformer = build_transformer(merged=merged)
+    expected = velocity(transformer)
+    # Self attention, cross attention to text and to the picture; and the faces.
+    num_calls = 3 * NUM_BLOCKS + NUM_ADAPTERS
+    assert calls == {"native": num_calls}
+    for name in ("sdpa", "sdpa-math"):
+        calls.clear()
+        use_attention(transformer, choose_attention(name, CPU, torch.float32))
+        assert_close(velocity(transformer), expected, rtol=0, atol=3e-6)
+        assert calls == {KERNELS[name].backend: num_calls}
+
+
+def test_flash_attention_of_the_cpu_agrees_in_bfloat16(calls: Counter[str]) -> None:
+    transformer = build_transformer(torch.bfloat16)
+    use_attention(transformer, "sdpa-math")
+    expected = velocity(transformer)
+    calls.clear()
+    use_attention(transformer, choose_attention("sdpa-flash", CPU, torch.bfloat16))
+    made = velocity(transformer)
+    assert calls == {"_native_flash": 3 * NUM_BLOCKS + NUM_ADAPTERS}
+    assert_close(made, expected, rtol=0, atol=0.1)
+    assert expected.std() > 1
+
+
+def test_a_quantising_kernel_serves_self_attention_only(calls: Counter[str]) -> None:
+    transformer = build_transformer()
+    registry = _AttentionBackendRegistry._backends
+    registry[AttentionBackendName.SAGE] = (  # restored by the fixture
+        lambda *args, **kwargs: (
+            calls.update(["stand-in"]) or registry[AttentionBackendName.NATIVE](*args, **kwargs)
+        )
+    )
+    use_attention(transformer, "sage")
+    velocity(transformer)
+    assert calls["stand-in"] == NUM_BLOCKS
+    assert calls["native"] == NUM_BLOCKS + 2 * NUM_BLOCKS + NUM_ADAPTERS
+
+
+def test_every_name_is_one_of_diffusers() -> None:
+    known = {name.value for name in AttentionBackendName}
+    assert {kernel.backend for kernel in KERNELS.values()} <= known
+    assert {"auto", *KERNELS} == set(Attention.__args__)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "flash",
+            "--attention flash needs the package flash_attn, which is not installed. To install "
+            "it: pip install flash-attn --no-build-isolation. Or give auto, which takes what is "
+            "there.",
+        ),
+        (
+            "sage-hub",
+            "--attention sage-hub needs the package kernels, which is not installed. To install "
+            "it: pip install kernels. Or give auto, which takes what is there.",
+        ),
+        (
+            "sdpa-cudnn",
+            "--attention sdpa-cudnn needs --device cuda, and the networks run on cpu. Give sdpa or "
+            "auto.",
+        ),
+        (
+            "sdpa-flash",
+            "--attention sdpa-flash computes in bfloat16 and float16 only, and --dtype is float32. "
+            "Give --dtype bfloat16, or sdpa.",
+        ),
+    ],
+)
+def test_what_is_not_there_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: Attention, message: str
+) -> None:
+    monkeypatch.setattr(speed_settings, "find_spec", lambda _: None)
+    with pytest.raises(SettingsError) as error:
+        choose_attention(name, CPU, torch.float32)
+    assert str(error.value) == message
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]]:
+    """Pretends that there is a CUDA card of some capability."""
+
+    def pretend(major: int, minor: int) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (major, minor))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "Some Card")
+
+    return pretend
+
+
+def test_auto_takes_flash3_on_hopper_only(
+    monkeypatch: pytest.MonkeyPatch, card: Callable[[int, int], None]
+) -> None:
+    def choose(dtype: torch.dtype = torch.bfloat16) -> str:
+        return choose_attention("auto", CUDA, dtype)
+
+    card(9, 0)
+    assert choose() == "sdpa"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn_interface")
+    assert choose() == "flash3"
+    assert choose(torch.float32) == "sdpa"
+    card(8, 9)
+    assert choose() == "sdpa"
+    assert choose_attention("auto", CPU, torch.bfloat16) == "sdpa"
+
+
+def test_a_card_that_is_too_old_is_named(card: Callable[[int, int], None]) -> None:
+    card(7, 5)
+    with pytest.raises(SettingsError) as error:
+        choose_attention("sdpa-cudnn", CUDA, torch.bfloat16)
+    assert str(error.value) == (
+        "--attention sdpa-cudnn needs a card of compute capability 8.0, and Some Card has 7.5. "
+        "Give sdpa or auto."
+    )
+
+
+def test_what_diffusers_refuses_is_refused_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, card: Callable[[int, int], None]
+) -> None:
+    """An installed package that is too old, or broken."""
+    card(9, 0)
+    monkeypatch.setattr(speed_settings, "find_spec", lambda name: name)
+    with pytest.raises(SettingsError) as error:
+        choose_attention("flash", CUDA, torch.bfloat16)
+    text = str(error.value)
+    assert text.startswith("--attention flash cannot be used: Flash Attention backend 'flash' is ")
+    assert text.endswith("flash-attn>=2.6.3`. Give sdpa or auto.")
+    assert "\n" not in text
+
+
+# --- compilation ---------------------------------------------------------------------------------
+
+
+class CountingBackend:
+    """Runs what it is given as it is, and counts how often it is given something."""
+
+    def __init__(self) -> None:
+        self.num_graphs = 0
+
+    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
+        self.num_graphs += 1
+        return graph.forward
+
+
+def build_rollout(guidance_scale: float) -> Rollout:
+    pipeline = tiny.build_tiny_pipeline()
+    frames = np.random.default_rng(0).integers(0, 256, (30, 16, 32, 3), dtype=np.uint8)
+    return Rollout(
+        pipeline=pipeline,
+        reference_u8=frames[0],
+        picture_u8=frames[0],
+        views_u8=[],
+        read_driving=lambda k: (frames[k : k + 5], frames[k : k + 5, :, :16]),
+        noise=lambda k: chunk_noise(3, k, (1, tiny.LATENT_CHANNELS, 3, 2, 4)),
+        anchor_frame_indices=[],
+        prompt_embeds=pipeline.encode_prompt("dance"),
+        negative_prompt_embeds=pipeline.encode_prompt("a longer text"),
+        num_chunks=3,
+        frames_per_chunk=5,
+        overlap=4,
+        num_identity_slots=1,
+        num_inference_steps=2,
+        shift=5.0,
+        guidance_scale=guidance_scale,
+    )
+
+
+def test_each_kind_of_module_is_compiled_once_for_all_chunks() -> None:
+    guidance_scale = 2.0
+    expected = [made for made in build_rollout(guidance_scale).run() if isinstance(made, Chunk)]
+    torch._dynamo.reset()
+    rollout, backend = build_rollout(guidance_scale), CountingBackend()
+    compile_blocks(rollout.pipeline.transformer, backend)
+    num_graphs = []
+    for made, wanted in zip(
+        (made for made in rollout.run() if isinstance(made, Chunk)), expected, strict=True
+    ):
+        num_graphs.append(backend.num_graphs)
+        assert_close(made.latents, wanted.latents, rtol=0, atol=1e-5)
+    # Blocks, once for each length of the two prompts; face adapters.
+    assert num_graphs == [2 + 1] * 3
+
+
+def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder  # noqa: PLC0415  # slow
+    from torch._inductor.exc import InvalidCxxCompiler  # noqa: PLC0415
+
+    def find() -> str:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", find)
+    with pytest.raises(SettingsError) as error:
+        check_compile(CPU)
+    assert str(error.value) == (
+        "--compile needs a C++ compiler, and torch finds none. Install one (on Debian and Ubuntu: "
+        "apt install g++), or leave --compile out."
+    )
+
+
+def test_missing_headers_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceleration.sysconfig, "get_paths", lambda: {"include": "/nowhere"})
+    with pytest.raises(SettingsError, match=r"^--compile needs /nowhere/Python\.h, which is miss"):
+        check_compile(CPU)
+
+
+def test_a_card_needs_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(acceleration, "has_triton", lambda: False)
+    with pytest.raises(SettingsError, match=r"^--compile needs Triton, which torch does not find"):
+        check_compile(CUDA)
+
+
+# --- fp8, VAE, memory ----------------------------------------------------------------------------
+
+
+def test_fp8_needs_torchao_a_card_and_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, card: Callable[[int, int], None]
+) -> None:
+    def refusal(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str:
+        with pytest.raises(SettingsError) as error:
+            check_fp8_matmul(device, dtype)
+        return str(error.value)
+
+    option = "--precision fp8-matmul"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert refusal(CPU) == (
+        f"{option} needs the package torchao, which is not installed. "
+        "To install it: pip install torchao."
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert refusal(CPU).startswith(f"{option} needs a CUDA card, and the networks run on cpu.")
+    card(8, 6)
+    assert refusal(CUDA).startswith(
+        f"{option} needs a card of compute capability 8.9, and Some Card has 8.6."
+    )
+    card(8, 9)
+    assert refusal(CUDA, torch.float16) == f"{option} needs --dtype bfloat16, not float16."
+    check_fp8_matmul(CUDA, torch.bfloat16)
+
+
+def test_fp8_is_for_all_linear_layers_of_the_blocks_and_nothing_else(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    quantised: list[torch.nn.Module] = []
+
+    class PerRow:
+        pass
+
+    class Config:
+        def __init__(self, granularity: PerRow) -> None:
+            assert isinstance(granularity, PerRow)
+
+    def quantize_(model: torch.nn.Module, config: Config, filter_fn: Any) -> None:
+        assert isinstance(config, Config)
+        quantised.extend(part for name, part in model.named_modules() if filter_fn(part, name))
+
+    stand_in = types.SimpleNamespace(
+        quantize_=quantize_, PerRow=PerRow, Float8DynamicActivationFloat8WeightConfig=Config
+    )
+    monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
+    monkeypatch.setitem(sys.modules, "torchao.quantization", stand_in)
+    monkeypatch.setattr(acceleration, "check_fp8_matmul", lambda _device, _dtype: None)
+    transformer = build_transformer(torch.bfloat16)
+    enable_fp8_matmul(transformer, CPU)
+    inside = [part for part in transformer.blocks.modules() if isinstance(part, torch.nn.Linear)]
+    # 4 of self attention, 6 of cross attention with its picture, 2 of the feed-forward part.
+    assert len(quantised) == len(inside) == 12 * NUM_BLOCKS
+    assert all(first is second for first, second in zip(quantised, inside, strict=True))
+
+
+@torch.no_grad()
+def test_channels_last_is_the_same_vae() -> None:
+    vae = tiny.build_networks()["vae"]
+    latents = torch.randn(
+        1, tiny.LATENT_CHANNELS, 2, 4, 6, generator=torch.Generator().manual_seed(0)
+    )
+    expected = vae.decode(latents).sample
+    use_channels_last(vae)
+    convolutions = [part for part in vae.modules() if isinstance(part, torch.nn.Conv3d)]
+    assert convolutions[3].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    assert_close(vae.decode(latents).sample, expected, rtol=0, atol=1e-5)
+
+
+def test_room_beside_is_twice_the_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def room(resident: int, peak: int, reserved: int, free: int) -> bool:
+        values = {
+            "memory_allocated": resident,
+            "max_memory_allocated": peak,
+            "memory_reserved": reserved,
+            "mem_get_info": (free, 0),
+        }
+        for name, value in values.items():
+            monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+        return has_room_beside(CUDA)
+
+    assert room(resident=35, peak=45, reserved=50, free=30)  # 55 of 80
+    assert not room(resident=18, peak=22, reserved=23, free=1)  # 26 of 24
+    assert not room(resident=35, peak=45, reserved=50, free=9)  # others have the rest
+    assert not has_room_beside(torch.device("mps"))
+
+
+def test_threads_of_the_cpu_are_not_crowded(monkeypatch: pytest.MonkeyPatch) -> None:
+    def answers(num_threads: int, num_cores: int) -> tuple[bool, bool]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+        monkeypatch.setattr(acceleration, "_count_cores", lambda: num_cores)
+        return has_core_to_spare(CPU), has_room_beside(CPU)
+
+    assert answers(1, 1) == (False, False)
+    assert answers(1, 2) == (True, False)
+    assert answers(1, 3) == (True, True)
+    assert answers(4, 8) == (True, False)
+    assert answers(8, 8) == (False, False)
+    assert has_core_to_spare(CUDA)
