@@ -21,7 +21,7 @@ from torch import Tensor
 from everanimate_cli import checkpoint, estimates, hub, weights
 from everanimate_cli.analyze import AnalysisResult, write_record, write_table
 from everanimate_cli.analyze_settings import ATTENTION_FILES, AttentionSettings, motion_slots
-from everanimate_cli.chunks import ChunkPlan, driving_indices
+from everanimate_cli.chunks import ChunkPlan
 from everanimate_cli.events import ChunkDone, ChunkStarted, Note, OnEvent, StepDone
 from everanimate_cli.figures import dress, new_figure, save_figure, whole_ticks
 from everanimate_cli.inputs import (
@@ -32,8 +32,7 @@ from everanimate_cli.inputs import (
     encode_texts,
     extract_driving,
     open_inputs,
-    open_video,
-    output_rate,
+    open_motion,
 )
 from everanimate_cli.offloading import offload_folder
 from everanimate_cli.pipeline import peak_memory_mib
@@ -423,20 +422,8 @@ def analyze_attention(settings: AttentionSettings, on_event: OnEvent) -> Analysi
     height, width = choose_size(resolved, media.picture_u8, source, geometry.size_multiple)
     output = settings.output or settings.default_output
     with ExitStack() as stack:
-        if media.raw is None:
-            size, face_size = (height, width), geometry.face_size
-            inputs = open_inputs(resolved, media, size, face_size, stack, on_event)
-            num_driving = len(inputs.pose)
-        else:
-            inputs = None
-            with open_video("DRIVING", media.raw, resolved, output_rate(resolved)) as raw:
-                num_driving = len(raw)
-        plan = ChunkPlan(
-            num_frames=resolved.requested_frames or num_driving,
-            frames_per_chunk=resolved.frames_per_chunk,
-            overlap=resolved.overlap,
-        )
-        driving_indices(plan, 0, num_driving, resolved.extend)
+        size, face_size = (height, width), geometry.face_size
+        inputs, _, plan = open_motion(resolved, media, size, face_size, stack, on_event)
         anchors = draw_anchors(resolved, plan)
         layout = Layout(
             num_identity_slots=resolved.identity_slots,

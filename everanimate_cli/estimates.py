@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -233,7 +234,11 @@ def read_geometry(source: ModelSource) -> Geometry:
     Raises:
         WeightsError: If a config is missing or describes another network.
     """
-    transformer, vae = full_config(source, "transformer"), full_config(source, "vae")
+    return geometry_of(full_config(source, "transformer"), full_config(source, "vae"))
+
+
+def geometry_of(transformer: Any, vae: Any) -> Geometry:
+    """Sizes of networks with these configs of diffusers."""
     return Geometry(
         size_multiple=int(vae.scale_factor_spatial) * int(transformer.patch_size[-1]),
         face_size=int(transformer.motion_encoder_size),

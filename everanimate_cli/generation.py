@@ -87,12 +87,18 @@ def _take_pictures_folder(run: RunFolder, folder: Path, num_finished: int) -> in
     """
     pictures = run.read_pictures()
     if pictures is None or pictures.folder != folder.resolve():
-        pictures = Pictures(folder=folder.resolve(), num_missing=num_finished)
-        with atomic_path(run.pictures_path) as temporary:
-            temporary.write_text(json.dumps(pictures.to_json()), encoding="utf-8")
+        pictures = _write_pictures(run, folder, num_missing=num_finished)
     for path in folder.glob(".*.png.*.part"):  # of a process that was killed
         path.unlink()
     return pictures.num_missing
+
+
+def _write_pictures(run: RunFolder, folder: Path, *, num_missing: int) -> Pictures:
+    """Note where the pictures are, and of how many chunks there are none."""
+    pictures = Pictures(folder=folder.resolve(), num_missing=num_missing)
+    with atomic_path(run.pictures_path) as temporary:
+        temporary.write_text(json.dumps(pictures.to_json()), encoding="utf-8")
+    return pictures
 
 
 def _picture_paths(folder: Path, plan: ChunkPlan, chunk_index: int) -> list[Path]:
@@ -115,9 +121,7 @@ def encode_again(
         frames_u8 = rollout.decode_frames(latents)
         write_segment(run, chunk_index, frames_u8, plan, settings, inputs)
     if settings.png is not None:
-        pictures = Pictures(folder=settings.png.resolve(), num_missing=0)
-        with atomic_path(run.pictures_path) as temporary:
-            temporary.write_text(json.dumps(pictures.to_json()), encoding="utf-8")
+        _write_pictures(run, settings.png, num_missing=0)
 
 
 def generate(

@@ -213,6 +213,47 @@ def output_rate(settings: ResolvedSettings) -> Fraction:
         raise SettingsError(f"--fps {settings.fps:g}: {error}") from error
 
 
+def open_motion(
+    settings: ResolvedSettings,
+    media: Media,
+    size: tuple[int, int],
+    face_size: int,
+    stack: ExitStack,
+    on_event: OnEvent,
+) -> tuple[Inputs | None, int, ChunkPlan]:
+    """What drives the video, and how it is cut.
+
+    Args:
+        settings: Of the run.
+        media: From `check_media`.
+        size: (height, width) of the video.
+        face_size: Side of the face crops.
+        stack: Closes the videos.
+        on_event: Told what is worth a line.
+
+    Returns:
+        The opened videos, None where poses must be extracted first; their number of frames at the
+        rate of the video; its chunks.
+
+    Raises:
+        EverAnimateError: If a video cannot be used or is too short.
+    """
+    if media.raw is None:
+        inputs = open_inputs(settings, media, size, face_size, stack, on_event)
+        num_driving = len(inputs.pose)
+    else:
+        inputs = None
+        with open_video("DRIVING", media.raw, settings, output_rate(settings)) as raw:
+            num_driving = len(raw)
+    plan = ChunkPlan(
+        num_frames=settings.requested_frames or num_driving,
+        frames_per_chunk=settings.frames_per_chunk,
+        overlap=settings.overlap,
+    )
+    driving_indices(plan, 0, num_driving, settings.extend)  # refuses what is too short
+    return inputs, num_driving, plan
+
+
 def open_inputs(
     settings: ResolvedSettings,
     media: Media,

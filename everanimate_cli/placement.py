@@ -15,7 +15,7 @@ import torch
 
 from everanimate_cli.checkpoint import KINDS, check_network, dtype_in_memory, packed_weights
 from everanimate_cli.errors import SettingsError
-from everanimate_cli.estimates import BLOCK_LINEAR, Geometry, read_geometry
+from everanimate_cli.estimates import BLOCK_LINEAR, Geometry, geometry_of, read_geometry
 from everanimate_cli.library_logs import quiet_libraries
 from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.offloading import STREAMED, check_package, free_main_memory
@@ -165,16 +165,8 @@ def read_sizes(source: ModelSource) -> Sizes:
 def released_sizes() -> Sizes:
     """Sizes of the released base, without its files."""
     networks = {name: _build_released(name) for name in KINDS}
-    transformer, vae = networks["transformer"].config, networks["vae"].config
     return Sizes(
-        geometry=Geometry(
-            size_multiple=int(vae.scale_factor_spatial) * int(transformer.patch_size[-1]),
-            face_size=int(transformer.motion_encoder_size),
-            inner_dim=int(transformer.num_attention_heads) * int(transformer.attention_head_dim),
-            ffn_dim=int(transformer.ffn_dim),
-            num_layers=int(transformer.num_layers),
-            decoder_channels=int(vae.decoder_base_dim or vae.base_dim),
-        ),
+        geometry=geometry_of(networks["transformer"].config, networks["vae"].config),
         shapes={
             name: {key: tuple(value.shape) for key, value in network.named_parameters()}
             for name, network in networks.items()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everanimate_cli import acceleration, checkpoint, hub, placement, weights
-from everanimate_cli.chunks import ChunkPlan, driving_indices
+from everanimate_cli.chunks import ChunkPlan
 from everanimate_cli.errors import SettingsError
 from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.generation import segment_writer
@@ -21,9 +21,7 @@ from everanimate_cli.inputs import (
     check_media,
     choose_size,
     draw_anchors,
-    open_inputs,
-    open_video,
-    output_rate,
+    open_motion,
 )
 from everanimate_cli.lora import describe_lora
 from everanimate_cli.lora_layers import choose_lora_mode
@@ -213,19 +211,7 @@ def prepare(
     sizes = placement.read_sizes(source)
     face_size = sizes.geometry.face_size
     size = choose_size(resolved, media.picture_u8, source, sizes.geometry.size_multiple)
-    if media.raw is None:
-        inputs = open_inputs(resolved, media, size, face_size, stack, on_event)
-        num_driving = len(inputs.pose)
-    else:
-        inputs = None
-        with open_video("DRIVING", media.raw, resolved, output_rate(resolved)) as raw:
-            num_driving = len(raw)
-    chunks = ChunkPlan(
-        num_frames=resolved.requested_frames or num_driving,
-        frames_per_chunk=resolved.frames_per_chunk,
-        overlap=resolved.overlap,
-    )
-    driving_indices(chunks, 0, num_driving, resolved.extend)  # refuses what is too short
+    inputs, num_driving, chunks = open_motion(resolved, media, size, face_size, stack, on_event)
     anchors = draw_anchors(resolved, chunks)
     segment_writer(Path(), *size, resolved)  # refuses what no encoder takes
     run = RunFolder(run_folder(resolved.output))
