@@ -275,7 +275,7 @@ def test_a_chunk_is_written_while_the_next_one_is_sampled(
     from everanimate_cli import generation as worker  # noqa: PLC0415  # after the fixtures
 
     stepped = threading.Event()
-    write, events = worker._write_segment, list[Event]()
+    write, events = worker.write_segment, list[Event]()
 
     def wait(run: Any, chunk_index: int, *rest: Any) -> None:
         if chunk_index == 0:
@@ -307,7 +307,7 @@ def test_an_error_of_the_writer_ends_the_run_and_keeps_the_chunks_before(
 ) -> None:
     from everanimate_cli import generation as worker  # noqa: PLC0415
 
-    write = worker._write_segment
+    write = worker.write_segment
 
     def fail(run: Any, chunk_index: int, *rest: Any) -> None:
         if chunk_index == 1:
