@@ -86,7 +86,7 @@ def choose_attention(attention: Attention, device: torch.device, dtype: torch.dt
             f"{str(dtype).removeprefix('torch.')}. Give --dtype bfloat16, or sdpa."
         )
     try:
-        # Versions, and for the kernels of the Hub the download.
+        # An installed package may be too old, or broken.
         with quiet_libraries(), attention_backend(kernel.backend):
             pass
     except (RuntimeError, ValueError, ImportError, OSError) as error:
@@ -156,11 +156,17 @@ def compile_blocks(
     length, there are two versions of the block. No chunk after the first compiles anything.
 
     Args:
-        transformer: Changed in place.
+        transformer: Changed in place. Where its blocks are streamed, what brings them is not
+            compiled: it differs from block to block, and the compiler would give up on all of them.
         backend: Of `torch.compile`.
     """
     for module in (*transformer.blocks, *transformer.face_adapter):
-        module.compile(backend=backend, dynamic=False)
+        hooks = getattr(module, "_diffusers_hook", None)
+        if hooks is None:
+            module.compile(backend=backend, dynamic=False)
+        else:
+            innermost = hooks._fn_refs[0]
+            innermost.forward = torch.compile(innermost.forward, backend=backend, dynamic=False)
 
 
 # --- fp8 -----------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.stored_weights import load_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor, nn
 
@@ -34,13 +34,21 @@ if TYPE_CHECKING:
 _KERNEL_TOLERANCE = 1e-3
 
 
-def assemble(source: ModelSource, name: str, dtype: torch.dtype) -> nn.Module:
+def assemble(
+    source: ModelSource,
+    name: str,
+    dtype: torch.dtype,
+    *,
+    change: Callable[[str, Tensor], Tensor] | None = None,
+) -> nn.Module:
     """Load one network.
 
     Args:
         source: From `hub.locate_model`; checked by `check_checkpoint`.
         name: Of the network.
         dtype: As in `weights.load_pipeline`.
+        change: What becomes of each weight, given its name and the weight in its dtype. Plain
+            files are mapped, not read, so that only what it returns takes memory. Not for GGUF.
 
     Returns:
         The network in evaluation mode on the CPU. Linear layers of a GGUF file stay packed and
@@ -55,14 +63,22 @@ def assemble(source: ModelSource, name: str, dtype: torch.dtype) -> nn.Module:
         if source.weight_files(name)[0].suffix == ".gguf":
             network = _build_packed(source, tensors, dtype)
         else:
-            network = _build(source, name, tensors, dtype)
+            network = _build(source, name, tensors, dtype, change or _leave)
     if loaded.kernels:
         _check_kernels(source, network, loaded.kernels.values())
     return network.eval()
 
 
+def _leave(_key: str, weight: Tensor) -> Tensor:
+    return weight
+
+
 def _build(
-    source: ModelSource, name: str, tensors: dict[str, Tensor], dtype: torch.dtype
+    source: ModelSource,
+    name: str,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    change: Callable[[str, Tensor], Tensor],
 ) -> nn.Module:
     kind = KINDS[name]
     empty = build_empty(source, name)
@@ -73,7 +89,7 @@ def _build(
             network = kind.network_class(empty.config)
     own_keys = list(network.state_dict())
     state = {
-        key: tensors[one_name(key)].to(dtype_in_memory(name, key, dtype))
+        key: change(key, tensors[one_name(key)].to(dtype_in_memory(name, key, dtype)))
         for key in own_keys
         if one_name(key) in tensors
     }

@@ -31,6 +31,7 @@ from everanimate_cli.hub import (
     plan_download,
 )
 from everanimate_cli.hub_transfer import amount, check_space
+from everanimate_cli.model_folder import find_layout
 from everanimate_cli.model_table import DETECTORS, POSE_MODELS, ModelFile
 from everanimate_cli.records import split_hub_id
 from everanimate_cli.settings import DEFAULT_POSE_MODEL, HUB_MODEL, HUB_PRESET, TOY_MODEL
@@ -45,6 +46,7 @@ KNOWN_NAMES = (
     TOY_MODEL,
     HUB_MODEL,
     *RELEASED_LORAS,
+    *(spec.source for spec in HUB_PRESET.fast_lora),
     *(name for name, pose_model in POSE_MODELS.items() if pose_model.files),
     *(name for name, detector in DETECTORS.items() if detector.files),
 )
@@ -134,7 +136,7 @@ def inspect_model(name: str) -> CachedModel:
     if _pose_files(name):
         return _inspect_pose_model(name)
     folder = TOY_FOLDER if name == TOY_MODEL else Path(name)
-    if name == TOY_MODEL or folder.is_dir():
+    if name == TOY_MODEL or _is_folder(name):
         return CachedModel(
             name=name,
             kind="model",
@@ -168,6 +170,22 @@ def inspect_model(name: str) -> CachedModel:
         revision=found.commit,
         size=asset.size,
     )
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a name is that of a folder with a checkpoint.
+
+    Raises:
+        InputError: If it is a folder with something else.
+    """
+    if not name or not Path(name).is_dir():
+        return False
+    if find_layout(Path(name)) is None:
+        raise InputError(
+            f"{name} is a folder without a checkpoint: it has no transformer/config.json. "
+            "Give a checkpoint folder in diffusers or the original layout."
+        )
+    return True
 
 
 def _pose_files(name: str) -> tuple[ModelFile, ...]:
@@ -216,7 +234,7 @@ def asset_of(name: str) -> Asset:
     hub_id = split_hub_id(name)
     if hub_id is None or Path(name).exists():
         raise InputError(
-            f"{name} is unknown. Give a Hub id such as {HUB_MODEL}, or of a LoRA such as "
+            f"{name or 'NAME'} is unknown. Give a Hub id such as {HUB_MODEL}, or of a LoRA such as "
             f"{RELEASED_LORAS[1]}, or a name that models list shows."
         )
     if not hub_id.path:
@@ -266,7 +284,7 @@ def plan_pull(names: Sequence[str], *, without_transformer: bool) -> list[Downlo
     """
     steps: list[Download | CachedModel] = []
     for name in names:
-        if name == TOY_MODEL or Path(name).is_dir() or _pose_files(name):
+        if name == TOY_MODEL or _pose_files(name) or _is_folder(name):
             steps.append(inspect_model(name))
             continue
         asset = asset_of(name)
@@ -368,7 +386,8 @@ def check_hashes(name: str, on_event: OnEvent) -> tuple[int, list[str]]:
         digest = path.resolve().name
         if not path.is_symlink() or not (_SHA256.fullmatch(digest) or _GIT_SHA1.fullmatch(digest)):
             if stated is None:
-                stated = _ask_hashes(asset)
+                pinned = asset.hub_id._replace(revision=snapshot.commit)
+                stated = _ask_hashes(replace(asset, hub_id=pinned))
             digest = stated.get(file, "")
 
         def advance(num_bytes: int) -> None:

@@ -34,6 +34,16 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+# What a config may state of items that are built one by one; the released networks have 40.
+_COUNTS = ("num_layers", "num_hidden_layers", "num_res_blocks")
+_MAX_COUNT = 1000
+# What the classes of networks raise for configs that make no sense.
+_BUILD_ERRORS = (
+    *(StrictDataclassError, TypeError, ValueError, AttributeError, AssertionError, NameError),
+    *(LookupError, ArithmeticError, RuntimeError),
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Kind:
     """What one network of a checkpoint must be.
@@ -264,9 +274,12 @@ def build_empty(source: ModelSource, name: str) -> nn.Module:
     """The network that `config.json` describes, without memory for its weights; not to change."""
     config = read_description(source, name)
     try:
+        for key in _COUNTS:
+            if config.get(key, 0) > _MAX_COUNT:
+                raise ValueError(f"{key} is above {_MAX_COUNT}")
         return _build_from_config(name, json.dumps(config))
-    except (StrictDataclassError, TypeError, ValueError, KeyError, ZeroDivisionError) as error:
-        reason = " ".join(str(error).split())
+    except _BUILD_ERRORS as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
         described = f"{name}/config.json" if source.has_config(name) else f"the weights of {name}"
         raise WeightsError(
             f"{source.label}: no network can be built from {described}: {reason}"

@@ -215,5 +215,10 @@ def _command_of(words: Sequence[str]) -> str:
 
 
 def _fail(message: str, exit_code: int) -> int:
-    typer.echo(f"error: {' '.join(line.strip() for line in message.splitlines())}", err=True)
+    line = " ".join(line.strip() for line in message.splitlines())
+    # Names in files of others may hold what steers a terminal.
+    shown = "".join(
+        char if char.isprintable() or char.isspace() else ascii(char)[1:-1] for char in line
+    )
+    typer.echo(f"error: {shown}", err=True)
     return exit_code

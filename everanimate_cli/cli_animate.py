@@ -298,8 +298,7 @@ def run_animate(
         _option(
             "attention",
             "Kernels of attention: auto, sdpa (torch's), sdpa-math, sdpa-flash, sdpa-efficient, "
-            "sdpa-cudnn, flash, flash3, sage, or from the Hub flash-hub, flash3-hub, flash4-hub, "
-            "sage-hub.",
+            "sdpa-cudnn, flash, flash3, sage.",
             SPEED,
             metavar="NAME",
         ),

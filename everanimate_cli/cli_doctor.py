@@ -8,6 +8,7 @@ import typer
 
 from everanimate_cli.cli_options import PROGRAM, AsJson
 from everanimate_cli.errors import InputError
+from everanimate_cli.preflight import check_model
 from everanimate_cli.settings import HUB_MODEL, TOY_MODEL
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ def run_doctor(
     if not output.is_dir():
         problem = "is a file" if output.exists() else "does not exist"
         raise InputError(f"--output {output} {problem}. Give a folder.")
+    check_model(model)
     from everanimate_cli.doctor import examine
 
     found = examine(model, output)
@@ -73,7 +75,8 @@ def _show(found: "Diagnosis") -> None:
     colours = {"error": "red", "warning": "yellow"}
     for heading, rows in sections.items():
         table = Table(title=heading, title_justify="left", show_header=False, box=None)
-        table.add_column(style="bold", no_wrap=True)
+        # A long name leaves the rest of the line to what is said of it.
+        table.add_column(style="bold", overflow="fold", max_width=max(console.width // 2, 1))
         table.add_column(overflow="fold")
         for name, value in rows:
             # Text keeps brackets in paths from being read as markup.

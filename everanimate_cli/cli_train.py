@@ -293,7 +293,8 @@ def run_train_lora(
         QuantizeBase | None,
         _option(
             "quantize_base",
-            "Store the weights that are not trained in less memory: none or fp8.",
+            "Store the weights that are not trained in less memory: none, fp8, int8 (needs "
+            "torchao) or nf4 (4 bits, needs bitsandbytes).",
             _MACHINE,
             metavar="NAME",
         ),

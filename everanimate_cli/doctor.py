@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import constants as hub_constants
 
 from everanimate_cli import hub
-from everanimate_cli.cached_models import DEFAULT_NAMES, inspect_model
+from everanimate_cli.cached_models import DEFAULT_NAMES, inspect_model, locate
 from everanimate_cli.chunks import ChunkPlan
 from everanimate_cli.downloads import cache_folder
 from everanimate_cli.offloading import free_main_memory
@@ -50,7 +50,7 @@ PACKAGES = (
 )
 # What makes runs faster or smaller where it is installed, by the names of the distributions.
 ACCELERATORS = (
-    *("flash-attn", "sageattention", "xformers", "kernels", "triton"),
+    *("flash-attn", "sageattention", "xformers", "triton"),
     *("torchao", "bitsandbytes", "gguf", "hf-xet", "onnxruntime-gpu"),
 )
 ENCODERS = ("libx264", "libx265", "aac")
@@ -460,6 +460,8 @@ def examine(model: str, output: Path) -> Diagnosis:
     is_here = all(each.state not in ("absent", "partial") for each in facts.models[:1])
     if model == HUB_MODEL and not is_here:
         return diagnose(facts, model, released_sizes(), HUB_PRESET)
+    if not is_here:
+        locate(model)  # refuses it, and tells how it gets here
     source = hub.locate_model(model, lambda _event: None, download=False)
     return diagnose(facts, model, read_sizes(source), source.defaults)
 

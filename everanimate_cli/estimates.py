@@ -16,12 +16,13 @@ from everanimate_cli.checkpoint import (
     full_config,
     packed_weights,
 )
+from everanimate_cli.errors import WeightsError
 from everanimate_cli.lora import LORA_TARGET_PATTERN
 from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.settings import TEMPORAL_STRIDE
 from everanimate_cli.train_settings import Checkpointing
 
-# What `lora_adapter.store_blocks_as_fp8` stores so.
+# What `offloading.store_blocks` stores in fewer bits.
 BLOCK_LINEAR = re.compile(r"blocks\.\d+\.(?!.*norm).+\.(weight|bias)")
 _MIB = 2**20
 _TILE_PX = 256  # side of diffusers' tiles
@@ -187,15 +188,12 @@ class Geometry:
         return float(self.num_layers * (linear + context + attention) + adapters)
 
 
-def weights_mib(
-    source: ModelSource, dtype: torch.dtype, *, quantize: bool = False
-) -> dict[str, float]:
+def weights_mib(source: ModelSource, dtype: torch.dtype) -> dict[str, float]:
     """Memory in MiB of the weights by network once they are loaded, from the headers alone.
 
     Args:
         source: From `hub.locate_model`.
         dtype: As in `load_pipeline`.
-        quantize: Whether the blocks' linear layers are stored in 8 bits.
 
     Raises:
         WeightsError: As `check_checkpoint`.
@@ -205,8 +203,6 @@ def weights_mib(
     def num_bytes(name: str, key: str, shape: tuple[int, ...]) -> int:
         if name == "transformer" and key in packed:
             return packed[key]
-        if quantize and name == "transformer" and BLOCK_LINEAR.fullmatch(key):
-            return math.prod(shape)
         return math.prod(shape) * dtype_in_memory(name, key, dtype).itemsize
 
     return {
@@ -234,7 +230,14 @@ def read_geometry(source: ModelSource) -> Geometry:
     Raises:
         WeightsError: If a config is missing or describes another network.
     """
-    return geometry_of(full_config(source, "transformer"), full_config(source, "vae"))
+    transformer, vae = full_config(source, "transformer"), full_config(source, "vae")
+    scale = vae.scale_factor_spatial  # no weight tells it
+    if not isinstance(scale, int) or scale < 1:
+        raise WeightsError(
+            f"{source.label}: vae/config.json states scale_factor_spatial {scale}. "
+            "Give a Wan2.2-Animate checkpoint."
+        )
+    return geometry_of(transformer, vae)
 
 
 def geometry_of(transformer: Any, vae: Any) -> Geometry:

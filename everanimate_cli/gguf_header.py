@@ -161,7 +161,7 @@ def _read(file: BinaryIO) -> tuple[dict[str, GgufTensor], int]:
         if number not in GGUF_TYPES:
             raise _UnknownTypeError(f"{name} is of ggml type {number}")
         tensor = GgufTensor(tuple(reversed(sides)), GGUF_TYPES[number])
-        if not sides or sides[0] % tensor.type.block_size:
+        if not sides or 0 in sides or sides[0] % tensor.type.block_size:
             raise ValueError(name)
         tensors[name] = tensor
         data_end = max(data_end, offset + tensor.num_bytes)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from huggingface_hub import ModelInfo
+    from huggingface_hub.hf_api import RepoSibling
 
 TOY_FOLDER = Path(__file__).parent / "toy_model"
 
@@ -72,7 +74,8 @@ RELEASED_LORAS = tuple(
 
 _HUB_TIMEOUT_S = 10.0
 _NO_ACCESS = (401, 403, 404)
-_COMMIT_DIGITS = 40
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,13 +358,13 @@ def find_snapshot(asset: Asset) -> Snapshot | None:
     """What the local cache holds of an asset; asks no network."""
     storage = storage_folder(asset.hub_id.repository)
     commit = asset.revision
-    if len(commit) != _COMMIT_DIGITS:
+    if not _COMMIT.fullmatch(commit):
         try:
             commit = (storage / "refs" / asset.revision).read_text(encoding="utf-8").strip()
-        except OSError:
+        except (OSError, UnicodeDecodeError):
             return None
     folder = storage / "snapshots" / commit
-    if not commit or not folder.is_dir():
+    if not _COMMIT.fullmatch(commit) or not folder.is_dir():
         return None
     is_whole = asset.is_whole(folder)
     if is_whole:
@@ -416,18 +419,15 @@ def plan_download(asset: Asset, problem: str | None = None) -> Download:
         WeightsError: If the Hub cannot be asked or does not have it.
     """
     info = _ask_hub(asset, problem or describe_absence(asset, find_snapshot(asset)))
-    asset.refuse([file.rfilename for file in info.siblings or ()])
-    files = tuple(
-        RemoteFile(
-            name=file.rfilename,
-            num_bytes=file.size or 0,
-            sha256=None if file.lfs is None else file.lfs.sha256,
-            git_sha1=file.blob_id or "",
-        )
-        for file in info.siblings or ()
-        if asset.selects(file.rfilename)
-    )
     commit = str(info.sha)
+    try:
+        described = [_describe_file(file) for file in info.siblings or ()]
+        if not _COMMIT.fullmatch(commit):
+            raise ValueError(commit)
+    except (ValueError, TypeError) as error:
+        raise _no_hub(asset) from error
+    asset.refuse([file.name for file in described])
+    files = tuple(file for file in described if asset.selects(file.name))
     snapshot = storage_folder(asset.hub_id.repository) / "snapshots" / commit
     missing = tuple(file for file in files if not (snapshot / file.name).exists())
     repository = asset.hub_id.repository
@@ -437,6 +437,26 @@ def plan_download(asset: Asset, problem: str | None = None) -> Download:
         files=files,
         missing=missing,
         num_arrived=sum(count_arrived(repository, file) for file in missing),
+    )
+
+
+def _describe_file(file: RepoSibling) -> RemoteFile:
+    """What the Hub says about a file; its hash becomes a name in the cache.
+
+    Raises:
+        ValueError: If that cannot be, such as a name outside of the repository.
+        TypeError: Likewise.
+    """
+    path = PurePosixPath(file.rfilename)
+    sha256 = None if file.lfs is None else file.lfs.sha256
+    num_bytes = file.size
+    if num_bytes is None:
+        num_bytes = 0 if file.lfs is None else file.lfs.size
+    is_outside = path.is_absolute() or ".." in path.parts
+    if is_outside or num_bytes < 0 or (sha256 is not None and not _SHA256.fullmatch(sha256)):
+        raise ValueError(file.rfilename)
+    return RemoteFile(
+        name=file.rfilename, num_bytes=num_bytes, sha256=sha256, git_sha1=file.blob_id or ""
     )
 
 
@@ -464,7 +484,13 @@ def fetch(download: Download, on_event: OnEvent) -> Path:
     meter = Meter(asset.name, download.num_bytes, download.num_arrived, on_event)
     try:
         with quiet_hub():
-            large = [file for file in download.missing if file.sha256 is not None]
+            # Larger files are not to be had over plain HTTP; huggingface_hub brings them by Xet.
+            large = [
+                file
+                for file in download.missing
+                if file.sha256 is not None
+                and file.num_bytes <= hub_constants.MAX_HTTP_DOWNLOAD_SIZE
+            ]
             blobs = storage_folder(repository) / "blobs"
             absent = [file for file in large if not (blobs / str(file.sha256)).exists()]
             fetch_files(repository, download.commit, absent, meter, on_event)
@@ -478,10 +504,17 @@ def fetch(download: Download, on_event: OnEvent) -> Path:
             )
     except HfHubHTTPError as error:  # a gated repository tells its files, but gives none
         raise _refusal(asset, error) from error
-    # hf_xet, which moves files whose sha256 is not stated, reports all trouble as RuntimeError.
-    except (HTTP_ERROR, OSError, RuntimeError, DamagedError) as error:
+    # hf_xet, which moves files whose sha256 is not stated, reports all trouble as RuntimeError;
+    # huggingface_hub what it does not like of a file as ValueError.
+    except (HTTP_ERROR, OSError, RuntimeError, ValueError, DamagedError) as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
+        if isinstance(error, OSError) and error.filename is not None:
+            raise WeightsError(
+                f"{asset.label} cannot be kept in the cache ({hub_constants.HF_HUB_CACHE}): "
+                f"{error.strerror}, {error.filename}. Make it writable, or name another folder in "
+                "HF_HOME."
+            ) from error
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise WeightsError(
             f"{asset.label}: the download broke off ({reason}). "
@@ -519,10 +552,33 @@ def _ask_hub(asset: Asset, problem: str) -> ModelInfo:
     except HfHubHTTPError as error:
         raise _refusal(asset, error) from error
     except (HTTP_ERROR, OSError) as error:
+        remedy = "Connect to the network"
+        if "://" not in hub_constants.ENDPOINT:
+            remedy = "Write https:// before it in HF_ENDPOINT"
         raise WeightsError(
             f"{asset.label} {problem} and {hub_constants.ENDPOINT} cannot be reached. "
-            f"Connect to the network {purpose}, {asset.way_out}."
+            f"{remedy} {purpose}, {asset.way_out}."
         ) from error
+    except UnicodeEncodeError as error:
+        raise WeightsError(
+            f"{asset.label} {problem}, and the token is none: it holds more than ASCII. Give "
+            "another HF_TOKEN, or log in with 'hf auth login'."
+        ) from error
+    except ImportError as error:  # the proxy in the environment is of another kind than HTTP
+        reason = str(error).partition("\n")[0]
+        raise WeightsError(
+            f"{asset.label} {problem}, and nothing can be asked: {reason}"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _no_hub(asset) from error
+
+
+def _no_hub(asset: Asset) -> WeightsError:
+    """What answers is something else, such as the page where a hotel asks for a login."""
+    return WeightsError(
+        f"{asset.label} cannot be downloaded: {hub_constants.ENDPOINT} does not answer as the Hub "
+        "does. Check HF_ENDPOINT, and in a browser whether the network asks for a login."
+    )
 
 
 def _refusal(asset: Asset, error: HfHubHTTPError) -> WeightsError:

@@ -142,8 +142,12 @@ class Meter:
             self._told = megabytes
             self._on_event(PhaseAdvanced(done=megabytes))
 
-    def bar_class(self) -> type[hub_tqdm]:
-        """A bar for huggingface_hub that draws nothing and counts here."""
+    def bar_class(self, file: RemoteFile | None = None) -> type[hub_tqdm]:
+        """A bar for huggingface_hub that draws nothing and counts here.
+
+        Args:
+            file: What it is for; more bytes than it has are refused before they are written.
+        """
         meter = self
 
         class QuietBar(hub_tqdm):
@@ -151,9 +155,15 @@ class Meter:
                 # Another bar counts files, and one more the bytes before they are unpacked.
                 name = str(kwargs.get("name") or "")
                 self._counts = kwargs.get("unit") == "B" and not name.endswith(".transfer")
+                self._size = int(kwargs.get("initial") or 0)
                 super().__init__(*args, **{**kwargs, "disable": True})
 
             def update(self, n: float | None = 1) -> bool | None:
+                self._size += int(n or 0)
+                if file is not None and self._size > file.num_bytes:
+                    raise DamagedError(
+                        f"{file.name} is larger than the {file.num_bytes} bytes that are stated"
+                    )
                 if self._counts:
                     meter.add(n or 0)
                 return cast("bool | None", super().update(n))
@@ -271,8 +281,8 @@ def _receive(
             )
             headers = build_hf_headers()
             headers["Accept-Encoding"] = "identity"  # parts of what is packed do not fit together
-            if urlsplit(found.location).netloc != urlsplit(url).netloc:
-                headers.pop("authorization", None)  # is for the Hub alone
+            if urlsplit(found.location)[:2] != urlsplit(url)[:2]:
+                headers.pop("authorization", None)  # is for the Hub alone, never in the clear
             http_get(
                 found.location,
                 content,  # type: ignore[arg-type]
@@ -280,9 +290,12 @@ def _receive(
                 headers=headers,
                 expected_size=file.num_bytes,
                 displayed_filename=file.name,
-                tqdm_class=meter.bar_class(),
+                tqdm_class=meter.bar_class(file),
             )
             content.flush()
+        except DamagedError:
+            content.truncate(0)
+            raise
         except (HTTP_ERROR, OSError) as error:
             content.flush()
             is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -268,8 +268,7 @@ def fuse_loras(network: "nn.Module", loras: Sequence[tuple[Path, float]]) -> int
     with LoraFiles(loras) as files:
         for name, shares in found.items():
             weight = parameters[name].data
-            delta = sum(files.delta(share, weight) for share in shares)
-            weight.copy_(weight.float() + delta)
+            weight.copy_(files.fuse(shares, weight))
     return len(found)
 
 
@@ -320,6 +319,11 @@ class LoraFiles(ExitStack):
     def read(self, share: LoraShare) -> "list[Tensor]":
         """The tensors of an update, as they are stored."""
         return [self._files[share.lora].get_tensor(key) for key in share.update.keys]
+
+    def fuse(self, shares: Sequence[LoraShare], weight: "Tensor") -> "Tensor":
+        """A weight with what is added to it: formed in float32 and rounded once to its dtype."""
+        delta = sum(self.delta(share, weight) for share in shares)
+        return (weight.float() + delta).to(weight.dtype)
 
     def delta(self, share: LoraShare, weight: "Tensor") -> "Tensor":
         """What is added to a weight, in float32 on its device."""
@@ -483,6 +487,8 @@ def _fits(update: LoraUpdate, shapes: Shapes, expected: tuple[int, ...]) -> bool
     if len(update.keys) == 1:
         return shapes[update.keys[0]] == expected
     down, up = (shapes[key] for key in update.keys)
+    if not down or not up:
+        return False
     return (up[0], *down[1:]) == expected and up[1:] == (down[0], *(1 for _ in expected[2:]))
 
 

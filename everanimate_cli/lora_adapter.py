@@ -10,7 +10,7 @@ import torch
 from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -29,11 +29,12 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from everanimate_cli.train_settings import LoraNaming
     from everanimate_cli.transformer import EverAnimateTransformer3DModel
 
+FP8_DTYPE = torch.float8_e4m3fn  # in which `store_blocks_as_fp8` keeps weights
 _ADAPTER = "default"
 
 
@@ -47,7 +48,7 @@ def store_blocks_as_fp8(network: EverAnimateTransformer3DModel) -> None:
     """
     apply_layerwise_casting(
         network.blocks,
-        storage_dtype=torch.float8_e4m3fn,
+        storage_dtype=FP8_DTYPE,
         compute_dtype=network.dtype,
         skip_modules_pattern=tuple(network._skip_layerwise_casting_patterns),
     )
@@ -70,7 +71,10 @@ def attach_lora(network: nn.Module, *, rank: int, alpha: float, seed: int) -> No
     network.requires_grad_(False)
     # PEFT annotates alpha as int, but only divides by the rank.
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=LORA_TARGET_PATTERN)  # type: ignore[arg-type]
-    inject_adapter_in_model(config, network, adapter_name=_ADAPTER)
+    with warnings.catch_warnings():
+        # It could not merge adapters into torchao's weights, which nobody asks it for.
+        warnings.filterwarnings("ignore", message="TorchaoLoraLinear was instantiated without")
+        inject_adapter_in_model(config, network, adapter_name=_ADAPTER)
     generator = torch.Generator().manual_seed(seed)
     for key, parameter in lora_parameters(network).items():
         parameter.data = parameter.data.float()
@@ -179,6 +183,11 @@ def load_initial_lora(
         for name, parameter in network.named_parameters()
         if ".lora_" not in name
     }
+    # A packed weight has other sides than its layer.
+    for name, layer in network.named_modules():
+        key = f"{name}.weight".replace(marker, ".")
+        if isinstance(layer, nn.Linear) and key in shapes:
+            shapes[key] = (layer.out_features, layer.in_features)
     tensors = load_lora(path, shapes)
     expected = lora_parameters(network)
     foreign = sorted(tensors.keys() - expected.keys())

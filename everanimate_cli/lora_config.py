@@ -76,7 +76,7 @@ def read_lora_config(path: Path) -> LoraConfig | None:
             config = json.loads(config_path.read_text(encoding="utf-8"))
         except OSError as error:
             raise WeightsError(f"{config_path} cannot be read: {error.strerror}.") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WeightsError(f"{config_path} cannot be read: it holds no JSON object.") from error
         return _interpret(config, str(config_path))
     stored = read_metadata(path).get(_DIFFUSERS_KEY)
@@ -88,7 +88,7 @@ def read_lora_config(path: Path) -> LoraConfig | None:
             name.removeprefix(_DIFFUSERS_PREFIX): value
             for name, value in json.loads(stored).items()
         }
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{label} cannot be read: it holds no JSON object.") from error
     return _interpret(config, label)
 
@@ -102,14 +102,23 @@ def _interpret(config: Any, label: str) -> LoraConfig:
             if config.get(name):
                 raise WeightsError(f"{label} describes a {variant}. Give a plain LoRA.")
         base = config.get("base_model_name_or_path")
+        alpha_pattern = {
+            str(name): float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()
+        }
+        alpha = float(config["lora_alpha"])
+        if not all(math.isfinite(each) for each in (alpha, *alpha_pattern.values())):
+            raise WeightsError(f"{label} names an alpha that is not finite. Give another LoRA.")
+        for pattern in alpha_pattern:
+            re.compile(pattern)
         return LoraConfig(
-            alpha=float(config["lora_alpha"]),
-            alpha_pattern={
-                str(name): float(alpha)
-                for name, alpha in (config.get("alpha_pattern") or {}).items()
-            },
+            alpha=alpha,
+            alpha_pattern=alpha_pattern,
             has_root=bool(config.get("use_rslora")),
             base=None if base is None else str(base),
         )
+    except re.error as error:
+        raise WeightsError(
+            f"{label} holds an alpha_pattern that is no pattern: {error}. Give another LoRA."
+        ) from error
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{label} names no lora_alpha. Give a configuration of PEFT.") from error

@@ -152,8 +152,7 @@ def attach_loras(
             plain = [each for each in shares if each not in products]
             if plain:
                 weight = parameters[name].data
-                delta = sum(files.delta(share, weight) for share in plain)
-                weight.copy_(weight.float() + delta)
+                weight.copy_(files.fuse(plain, weight))
             if products:
                 _attach(network, name.removesuffix(".weight"), products, files, dtype)
     return len(beside)

@@ -5,6 +5,7 @@ Wan2.2-Animate publish it, all in one folder, the text and image encoder and the
 """
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,9 @@ TOKENIZER_SUFFIXES = (".json", ".model", ".txt")
 TRANSFORMER_SUFFIXES = (".safetensors", ".gguf")  # of a file for `--transformer`
 
 _NUM_LISTED = 3  # names that an error message lists before it counts the rest
+_ADAPTER_CONFIG = "adapter_config.json"  # transformers follows it to the model that it names
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_SHARD = re.compile(r"[^/\\\0:]+\.safetensors")  # in the same folder on every system
 _COMPLETE = {
     "diffusers": "Give a complete checkpoint in diffusers layout.",
     "original": "Give a complete checkpoint in the original layout.",
@@ -151,17 +154,30 @@ class ModelSource:
         path = self.config_file(name)
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-            architectures = config.get("architectures") or ["no network"]
+            architectures = list(config.get("architectures") or ["no network"])
             described = config.get("_class_name") or architectures[0]
         except OSError as error:
             raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
-        except (ValueError, AttributeError) as error:
+        except (ValueError, AttributeError, RecursionError) as error:
             raise WeightsError(f"{path} cannot be read: it holds no JSON object.") from error
+        except TypeError as error:
+            raise WeightsError(f"{path} cannot be read: its architectures are no list.") from error
         known = PARTS[name].described_as
         if described not in known:
             raise WeightsError(
                 f"{self.label}: {name}/config.json describes {described}, not {known[0]}. "
                 "Give a Wan2.2-Animate checkpoint."
+            )
+        # Both would let the libraries load other weights than those that were checked.
+        if config.get("quantization_config") is not None:
+            raise WeightsError(
+                f"{self.label}: {name}/config.json describes quantised weights. "
+                "Give plain ones, or a GGUF or float8 file with --transformer."
+            )
+        if path.with_name(_ADAPTER_CONFIG).exists():
+            raise WeightsError(
+                f"{self.label}: {name} holds an {_ADAPTER_CONFIG}, for an adapter on another "
+                "model. Delete it, or give a complete checkpoint."
             )
         return cast("dict[str, Any]", config)
 
@@ -277,9 +293,19 @@ def _indexed_files(label: str, folder: Path, stem: str, name: str) -> list[Path]
         raise WeightsError(f"{label} has no {in_folder}{whole}. {_COMPLETE[layout]}")
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        paths = [folder / file_name for file_name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        file_names = sorted(set(weight_map.values()))
+        paths = [folder / file_name for file_name in file_names]
+    except OSError as error:
+        raise WeightsError(f"{index} cannot be read: {error.strerror}.") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{index} cannot be read: it is no index of weights.") from error
+    strange = [name for name in file_names if not _SHARD.fullmatch(name)]
+    if strange or not paths:
+        named = list_first([repr(name) for name in strange]) or "nothing"
+        raise WeightsError(
+            f"{index} names {named} where .safetensors files beside it are expected. "
+            f"{_COMPLETE[layout]}"
+        )
     missing = [path.name for path in paths if not path.is_file()]
     if missing:
         raise WeightsError(

@@ -136,17 +136,22 @@ def place(
 # --- stored in fewer bits ------------------------------------------------------------------------
 
 
-def check_package(precision: str) -> None:
+def check_package(precision: str, given: str | None = None) -> None:
     """Refuse a precision whose package is not installed.
+
+    Args:
+        precision: As in `store_blocks`.
+        given: The option that asked for it, with its value; None for `--precision`.
 
     Raises:
         SettingsError: Telling how to install it.
     """
     package, remedy = PRECISION_PACKAGES.get(precision, (None, None))
     if package is not None and find_spec(package) is None:
+        given = given or f"--precision {precision}"
         raise SettingsError(
-            f"--precision {precision} needs the package {package}, which is not installed. "
-            f"Install it with '{remedy}', or give --precision fp8."
+            f"{given} needs the package {package}, which is not installed. "
+            f"Install it with '{remedy}', or give {given.partition(' ')[0]} fp8."
         )
 
 
@@ -213,6 +218,9 @@ def _store_as_nf4(network: EverAnimateTransformer3DModel, device: torch.device) 
                 layer.weight.data, requires_grad=False, quant_type="nf4"
             )
             packed.bias = layer.bias
+            # Packed once more for a CPU's inference, weights have no gradient any longer, and
+            # widths have to be multiples of 32 and 64.
+            packed.support_avx512bf16_for_cpu = False
             parent, _, own_name = name.rpartition(".")
             setattr(block.get_submodule(parent), own_name, packed)
         block.to(device)  # which packs them

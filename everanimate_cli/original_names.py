@@ -99,7 +99,12 @@ def from_original(name: str, tensors: Tensors, label: str) -> Tensors:
         "image_encoder": _convert_image_encoder,
     }
     num_expected = len(tensors) + _count_splits(tensors)
-    converted = converters[name](tensors)
+    try:
+        converted = converters[name](tensors)
+    except (LookupError, RuntimeError, ValueError) as error:  # cannot be split or reshaped
+        raise WeightsError(
+            f"{label}: the {name} has weights of other shapes. Give a Wan2.2-Animate checkpoint."
+        ) from error
     if len(converted) != num_expected:
         raise WeightsError(
             f"{label}: {num_expected - len(converted)} weights of the {name} are there twice, "

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
+from everanimate_cli.acceleration import check_fp8_matmul
 from everanimate_cli.checkpoint import KINDS, check_network, dtype_in_memory, packed_weights
 from everanimate_cli.errors import SettingsError
 from everanimate_cli.estimates import BLOCK_LINEAR, Geometry, geometry_of, read_geometry
@@ -116,7 +117,8 @@ class Estimate:
         phases_mib: Most that is on the device while text is encoded, pictures are encoded, a step
             is computed, frames are decoded.
         main_memory_mib: What waits in main memory for its turn.
-        loading_mib: Most of main memory that loading takes, before anything is stored otherwise.
+        loading_mib: Most of main memory that loading takes; precisions other than fp8 are made of
+            the whole network.
         disk_mib: Files of the blocks.
     """
 
@@ -246,8 +248,10 @@ def estimate(sizes: Sizes, placement: Placement, job: Job, *, has_streams: bool 
         "group": sum(streamed.values()) + vae + clip,
         "disk": vae + clip,
     }
+    # Only fp8 is made of each weight as it is read.
+    loaded_as = "fp8" if placement.precision == "fp8" else "full"
     loaded = sum(
-        sum(sizes.stored_mib(name, "full", job.dtype).values())
+        sum(sizes.stored_mib(name, loaded_as, job.dtype).values())
         for name in ("transformer", "vae", "image_encoder")
     )
     return Estimate(
@@ -426,6 +430,9 @@ def plan_for_machine(
         sizes: Of the checkpoint.
         job: What is computed.
         begun: Request of a run that may be continued, see `continued`.
+
+    Raises:
+        SettingsError: As `choose_placement`, and if the device cannot multiply as asked for.
     """
     free_bytes = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     free_main_bytes = free_main_memory()
@@ -437,6 +444,8 @@ def plan_for_machine(
         free_mib=None if free_bytes is None else free_bytes / _MIB,
         free_main_mib=None if free_main_bytes is None else free_main_bytes / _MIB,
     )
+    if choice.placement.precision == "fp8-matmul":
+        check_fp8_matmul(device, job.dtype)
     return Plan(options=options, device=device, sizes=sizes, job=job, choice=choice)
 
 

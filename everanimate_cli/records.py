@@ -114,11 +114,14 @@ class HubId(NamedTuple):
 def split_hub_id(text: str) -> HubId | None:
     """The parts of a Hub id; None for anything else.
 
-    What starts with "." or "~" is a path; so is what has an empty part, such as "/absolute".
+    What starts with "." or "~" is a path; so is what has an empty part, such as "/absolute", or
+    leads upwards.
     """
     pattern = r"([\w-][\w.-]*/[\w-][\w.-]*)(?:/([^@]*))?(?:@([\w./-]+))?"
     match = re.fullmatch(pattern, text)
-    return HubId(match[1], match[2] or "", match[3]) if match else None
+    if match is None or ".." in text.replace("@", "/").split("/"):
+        return None
+    return HubId(match[1], match[2] or "", match[3])
 
 
 # Field type -> (JSON types that fit, what an error asks for). A bool never passes for a number.
@@ -277,7 +280,10 @@ def read_json_object(path: Path) -> dict[str, object]:
         OSError: If the file cannot be read.
         ValueError: Saying why it holds none.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
     if not isinstance(content, dict):
         raise ValueError("it holds no JSON object")
     return content

@@ -249,6 +249,7 @@ class Rollout:
                     as_stock=self.memory == "pixel",
                     step_caches=caches,
                 )
+                del conditioning  # `steps` keeps it as long as they last, and decoding needs room
                 for step_index, latents in enumerate(steps):  # noqa: B007  # the last ones stay
                     yield Step(step_index=step_index)
                 sampled = self._sampled(state, latents, caches)

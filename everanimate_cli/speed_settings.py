@@ -19,10 +19,6 @@ Attention = Literal[
     "flash",
     "flash3",
     "sage",
-    "flash-hub",
-    "flash3-hub",
-    "flash4-hub",
-    "sage-hub",
 ]
 StepCacheKind = Literal["off", "mag"]
 
@@ -55,8 +51,6 @@ class AttentionKernel:
     exact: bool = True
 
 
-_KERNELS_PACKAGE = "pip install kernels"
-
 KERNELS: dict[str, AttentionKernel] = {
     "sdpa": AttentionKernel(backend="native", devices=("cuda", "mps", "cpu"), half_only=False),
     "sdpa-math": AttentionKernel(
@@ -85,22 +79,6 @@ KERNELS: dict[str, AttentionKernel] = {
         backend="sage",
         package="sageattention",
         install="pip install sageattention --no-build-isolation (2.1.1 or later)",
-        capability=(8, 0),
-        exact=False,
-    ),
-    "flash-hub": AttentionKernel(
-        backend="flash_hub", package="kernels", install=_KERNELS_PACKAGE, capability=(8, 0)
-    ),
-    "flash3-hub": AttentionKernel(
-        backend="_flash_3_hub", package="kernels", install=_KERNELS_PACKAGE, capability=(9, 0)
-    ),
-    "flash4-hub": AttentionKernel(
-        backend="flash_4_hub", package="kernels", install=_KERNELS_PACKAGE, capability=(9, 0)
-    ),
-    "sage-hub": AttentionKernel(
-        backend="sage_hub",
-        package="kernels",
-        install=_KERNELS_PACKAGE,
         capability=(8, 0),
         exact=False,
     ),

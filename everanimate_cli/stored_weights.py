@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,6 +51,11 @@ _DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# What torch raises for files that are damaged, or none of its own.
+_PICKLE_ERRORS = (
+    *(RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError),
+    zipfile.BadZipFile,
+)
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = (".scale_weight", ".weight_scale")  # in the naming of ComfyUI, old and new
 # How ComfyUI marks such a file, and the scales for multiplying in 8 bits, which is not done here.
@@ -148,7 +154,13 @@ def load_tensors(
     for path in source.weight_files(name):
         found |= _read_file(path, device)
     if name == "transformer":
+        num_found = len(found)
         found = {strip_prefix(key): tensor for key, tensor in found.items()}
+        if len(found) != num_found:
+            raise WeightsError(
+                f"{label}: {num_found - len(found)} weights of the transformer are there twice, "
+                "under two names. Give a complete Wan2.2-Animate checkpoint."
+            )
         _refuse_whole_numbers(found, label)
         found = _unscale(found, dtype, label)
     return _convert(name, found, label)
@@ -192,18 +204,29 @@ def _read_pickle(path: Path, device: str) -> Tensors:
     """The state dict in a file of `torch.save`."""
     try:
         # On "meta" only the names are unpickled; else the weights are mapped, not copied.
-        found = torch.load(path, map_location=device, weights_only=True, mmap=device == "cpu")
+        is_mapped = device == "cpu" and _can_be_mapped(path)
+        found = torch.load(path, map_location=device, weights_only=True, mmap=is_mapped)
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}.") from error
     except pickle.UnpicklingError as error:
         raise WeightsError(
             f"{path} holds more than weights, which could run code. Give the published file."
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except _PICKLE_ERRORS as error:
         raise WeightsError(f"{path} is damaged or no file of torch. Download it again.") from error
-    if not isinstance(found, dict) or not all(isinstance(t, torch.Tensor) for t in found.values()):
+    if not isinstance(found, dict) or not all(
+        isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in found.items()
+    ):
         raise WeightsError(f"{path} holds no plain weights. Give the published file.")
     return found
+
+
+def _can_be_mapped(path: Path) -> bool:
+    """Whether tensors lie in a file of torch as they are: not compressed, nor the older format."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return all(part.compress_type == zipfile.ZIP_STORED for part in archive.infolist())
 
 
 # --- weights in 8 bits ---------------------------------------------------------------------------
@@ -256,7 +279,7 @@ def _fit_scale(scale: Tensor, weight: Tensor, label: str) -> Tensor:
     """One number for the weight, or one for each of its rows."""
     if scale.numel() == 1:
         return scale.float().reshape(())
-    if scale.numel() == weight.shape[0]:
+    if weight.ndim and scale.numel() == weight.shape[0]:
         return scale.float().reshape(-1, *(1 for _ in weight.shape[1:]))
     raise WeightsError(
         f"{label} has scales of shape {list(scale.shape)}, not one or one for each row. "

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import signal
 import threading
 import time
@@ -36,13 +37,15 @@ from everanimate_cli.lora_adapter import (
     lora_parameters,
     save_lora,
     shard_network,
-    store_blocks_as_fp8,
     write_adapters,
 )
 from everanimate_cli.loss_plot import plot_losses
 from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.objective import correction_weight, training_pair, velocity_loss
+from everanimate_cli.offloading import check_package, place
 from everanimate_cli.pipeline import AnimatePipeline, peak_memory_mib
+from everanimate_cli.placement import Sizes, read_sizes
+from everanimate_cli.placement_settings import PRECISION_PACKAGES, Placement
 from everanimate_cli.preflight import check_init_rank, output_exists, unfit_size
 from everanimate_cli.records import LoraSpec
 from everanimate_cli.runs import TrainFolder
@@ -89,6 +92,8 @@ _FREE_OPTIONS = (
     *("validate_every", "validation", "validation_chunks", "validation_steps"),
     *("dataset", "init", "model", "pose_folder", "pose_model", "detector"),  # their content counts
 )
+# Layers of a block whose inputs are text and picture, which nothing trained has touched.
+_OF_CONTEXT = re.compile(r"\.attn2\.(to_k|to_v|add_k_proj|add_v_proj)\.")
 _LOSS_SHARE = 0.1  # of the steps, over which the last loss is told
 
 
@@ -249,6 +254,7 @@ def _find_model(
 
     Both are on this machine then and checked by their headers.
     """
+    check_package(settings.base_precision, f"--quantize-base {settings.quantize_base}")
     download = not settings.dry_run
     source = hub.locate_model(settings.model, on_event, download=download)
     resolved = resolve_training(settings, source.defaults)
@@ -292,7 +298,10 @@ def _request(work: _Work, num_samples: int, dtype: torch.dtype) -> dict[str, obj
     values["clips sha256"] = hashlib.sha256(clips.encode()).hexdigest()
     if work.init is not None:
         values["init sha256"] = hash_file(work.init)
-    for package in ("torch", "diffusers", "peft"):
+    packages = ["torch", "diffusers", "peft"]
+    if settings.base_precision in PRECISION_PACKAGES:
+        packages.append(PRECISION_PACKAGES[settings.base_precision][0])
+    for package in packages:
         values[f"{package} version"] = version(package)
     return values
 
@@ -326,9 +335,13 @@ def _open_folder(
 def _estimate_memory_mib(work: _Work, dtype: torch.dtype) -> dict[str, Any]:
     """Weights, counted exactly, and what a step takes beside them, estimated; for one process."""
     settings = work.settings
-    parts = estimates.weights_mib(work.source, dtype, quantize=settings.quantize_base == "fp8")
+    sizes = read_sizes(work.source)
+    parts = {
+        name: sum(sizes.stored_mib(name, settings.base_precision, dtype).values())
+        for name in sizes.shapes
+    }
     height, width = settings.height_width
-    step = estimates.read_geometry(work.source).training_step_mib(
+    step = sizes.geometry.training_step_mib(
         height,
         width,
         settings.frames_per_chunk,
@@ -341,10 +354,33 @@ def _estimate_memory_mib(work: _Work, dtype: torch.dtype) -> dict[str, Any]:
     kept = ["transformer"] if settings.latent_cache is not None else list(parts)
     total = sum(parts[name] for name in kept) + settings.batch_size * step
     total += estimates.lora_mib(work.source, settings.rank)
+    total += _unpacked_mib(sizes, settings, dtype)
     return {
         "weights_mib": {name: round(value, 1) for name, value in parts.items()},
         "estimated_memory_mib": round(total),
     }
+
+
+def _unpacked_mib(sizes: Sizes, settings: ResolvedTrainSettings, dtype: torch.dtype) -> float:
+    """Memory in MiB of packed weights in the format in which they compute, the most at a time.
+
+    diffusers and torchao leave what a layer has unpacked to its backward pass, unless its inputs
+    have no gradient; bitsandbytes unpacks it anew.
+    """
+    whole = sizes.stored_mib("transformer", "full", dtype)
+    stored = sizes.stored_mib("transformer", settings.base_precision, dtype)
+    in_bf16 = computes_in_bf16(settings, dtype)
+    scale = torch.bfloat16.itemsize / dtype.itemsize if in_bf16 else 1.0
+    unpacked = [
+        scale * mib
+        for key, mib in whole.items()
+        if stored[key] != mib and not _OF_CONTEXT.search(key)
+    ]
+    if settings.quantize_base == "nf4":
+        return max(unpacked)
+    if settings.gradient_checkpointing == "off":
+        return sum(unpacked)
+    return sum(unpacked) / sizes.geometry.num_layers
 
 
 @contextmanager
@@ -379,10 +415,16 @@ def _prepare(
 ) -> tuple[SampleSource, AnimatePipeline | None, EverAnimateTransformer3DModel]:
     """Where examples come from, and the networks: all of them, or the one in training alone."""
     settings, clips, device = work.settings, work.clips, processes.accelerator.device
+    placement = Placement(precision=settings.base_precision)
 
     def load() -> AnimatePipeline:
         return weights.load_pipeline(
-            work.source, [], device, dtype, with_image_processor=settings.memory == "pixel"
+            work.source,
+            [],
+            device,
+            dtype,
+            with_image_processor=settings.memory == "pixel",
+            placement=placement,
         )
 
     if settings.latent_cache is None:
@@ -411,9 +453,10 @@ def _prepare(
         return source, pipeline, pipeline.transformer
     if pipeline is not None:
         return source, None, pipeline.transformer
-    # What is shared out goes to its device part by part.
-    place = torch.device("cpu") if processes.shard_weights else device
-    return source, None, weights.load_transformer(work.source, place, dtype)
+    transformer = weights.load_transformer(work.source, torch.device("cpu"), dtype)
+    if not processes.shard_weights:  # what is shared out goes to its device part by part
+        place({"transformer": transformer}, placement, device)
+    return source, None, transformer
 
 
 def _validation(work: _Work, pipeline: AnimatePipeline | None) -> Validate:
@@ -477,8 +520,6 @@ class _Training:
         self._accelerator, self._on_event = accelerator, on_event
         self._schedule = training_schedule(settings.shift)
         self._network_dtype = transformer.dtype
-        if settings.quantize_base == "fp8":
-            store_blocks_as_fp8(transformer)
         attach_lora(transformer, rank=settings.rank, alpha=settings.lora_alpha, seed=settings.seed)
         if init is not None:
             load_initial_lora(
@@ -819,6 +860,9 @@ def _compute_in(
     sampling computes it in float32. The other layers that diffusers keeps in float32 compute there
     by themselves.
     """
+    for layer in transformer.modules():
+        if in_bf16 and hasattr(layer, "compute_dtype"):  # bitsandbytes' take no notice of autocast
+            layer.compute_dtype = torch.bfloat16
     mixed = torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_bf16)
     for name in ("forward", "embed_pose"):
         setattr(transformer, name, mixed(getattr(transformer, name)))

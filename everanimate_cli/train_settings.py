@@ -27,9 +27,18 @@ from everanimate_cli.settings import (
 # How strongly the target leads from the degraded trajectory back to the clean end.
 Correction = Literal["gaussian", "exact", "constant"]
 Checkpointing = Literal["off", "on", "offload"]
-QuantizeBase = Literal["none", "fp8"]
+QuantizeBase = Literal["none", "fp8", "int8", "nf4"]
 MixedPrecision = Literal["no", "bf16"]
 LoraNaming = Literal["diffusers", "original"]
+
+_Precision = Literal["full", "fp8", "torchao-int8", "nf4"]
+# What `--quantize-base` is called where networks are placed.
+_PRECISIONS: dict[QuantizeBase, _Precision] = {
+    "none": "full",
+    "fp8": "fp8",
+    "int8": "torchao-int8",
+    "nf4": "nf4",
+}
 
 POSES_SUFFIX = "_poses"  # of the folder that holds the poses of a dataset's raw videos
 
@@ -123,7 +132,8 @@ class TrainSettings(Options):
         ema: Decay of a running average of the weights, which is saved then; None for no average.
         gradient_checkpointing: Whether activations are computed again in the backward pass
             ("on"), and what is kept of them waits in main memory ("offload").
-        quantize_base: Number format of the weights that are not trained.
+        quantize_base: Number format of the weights that are not trained; "int8" needs the package
+            torchao, "nf4" bitsandbytes.
         mixed_precision: "bf16" computes in bfloat16 whatever the weights are stored in; None does
             so where they are bfloat16.
         compile: Whether the blocks of the network are compiled.
@@ -231,6 +241,12 @@ class TrainSettings(Options):
             raise SettingsError(
                 "--dtype float16 is too small a range for gradients. Give bfloat16 or float32."
             )
+        if self.quantize_base == "fp8" and self.compile:
+            # diffusers swaps the weights' data, of which a compiled backward pass knows nothing.
+            raise SettingsError(
+                "--quantize-base fp8 does not go with --compile. Give int8 or nf4, or leave "
+                "--compile out."
+            )
         check_frames_per_chunk(self, self.frames_per_chunk)
         self._check_size()
         if self.memory == "pixel":
@@ -294,6 +310,11 @@ class TrainSettings(Options):
                         f"{self.label(name)} {value} has no effect without --validate-every. "
                         "Give a number of steps for it."
                     )
+
+    @property
+    def base_precision(self) -> _Precision:
+        """How the blocks' linear layers are stored, in the words of `Placement`."""
+        return _PRECISIONS[self.quantize_base]
 
     @property
     def default_output(self) -> Path:

@@ -134,9 +134,10 @@ class EverAnimateTransformer3DModel(WanAnimateTransformer3DModel):
         spend on 500 such tokens.
 
         Only for float32: in bfloat16 the logarithm rounds by 1 % of the weight. A network that
-        attends to image and text at once stays as it is.
+        attends to image and text at once stays as it is, and so does one that merges already: its
+        kernels may have been chosen since.
         """
-        if self.config.added_kv_proj_dim is None:
+        if self.config.added_kv_proj_dim is None or self._merges_padding:
             return
         for block in self.blocks:
             block.attn2.set_processor(MergedPaddingAttnProcessor())

@@ -75,7 +75,7 @@ def verify(name: str, on_event: OnEvent) -> Verdict:
         elif found.kind == "model":
             check_checkpoint(_source(name, found.path))
     except WeightsError as error:
-        problems.append(str(error).rstrip("."))
+        problems.append(str(error).removeprefix(f"--model {name}").lstrip(": ").rstrip("."))
     return Verdict(
         name=name,
         num_hashed=num_hashed,

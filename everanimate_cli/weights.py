@@ -20,8 +20,10 @@ from everanimate_cli.checkpoint import (
     refuse_misfits,
 )
 from everanimate_cli.errors import SettingsError, WeightsError
+from everanimate_cli.estimates import BLOCK_LINEAR
 from everanimate_cli.library_logs import quiet_libraries
-from everanimate_cli.lora import fuse_loras, plan_lora
+from everanimate_cli.lora import LoraFiles, fuse_loras, plan_lora, plan_loras
+from everanimate_cli.lora_adapter import FP8_DTYPE
 from everanimate_cli.lora_layers import attach_loras, choose_lora_mode
 from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.offloading import place
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from diffusers import AutoencoderKLWan
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import (
         CLIPImageProcessor,
         CLIPVisionModel,
@@ -137,7 +139,9 @@ def load_pipeline(  # noqa: PLR0913  # each says something else about what is lo
     }
     rota = None
     if "transformer" not in without:
-        networks["transformer"] = _load_with_loras(source, loras, dtype, lora_mode)
+        networks["transformer"] = _load_with_loras(
+            source, loras, dtype, lora_mode, placement.precision
+        )
         rota = place(networks, placement, device, folder=offload_folder)
     else:
         for network in networks.values():
@@ -182,7 +186,7 @@ def load_shared_transformer(
     Returns:
         The network in evaluation mode, without gradients.
     """
-    network = _load_with_loras(source, loras, dtype, lora_mode)
+    network = _load_with_loras(source, loras, dtype, lora_mode, placement.precision)
     if placement.offload == "model":  # there is none to make room for
         placement = replace(placement, offload="none")
     place({"transformer": network}, placement, device)
@@ -295,7 +299,10 @@ def _load_tokenizer(source: ModelSource) -> PreTrainedTokenizerFast:
         _load_part(
             source,
             source.tokenizer_folder,
-            lambda folder: AutoTokenizer.from_pretrained(folder, local_files_only=True),
+            # Left open, the library would ask whether to run code from the checkpoint.
+            lambda folder: AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            ),
         ),
     )
 
@@ -305,15 +312,38 @@ def _load_with_loras(
     loras: Sequence[tuple[LoraSpec, Path]],
     dtype: torch.dtype,
     lora_mode: LoraMode,
+    precision: str,
 ) -> EverAnimateTransformer3DModel:
     """The transformer in main memory, with all LoRAs."""
-    network = cast("EverAnimateTransformer3DModel", _load_network(source, "transformer", dtype))
     files = [(path, spec.scale) for spec, path in loras]
-    if choose_lora_mode(lora_mode, source) == "separate":
+    mode = choose_lora_mode(lora_mode, source)
+    if precision == "fp8" and mode == "fused":
+        return _load_in_8_bits(source, files, dtype)
+    network = cast("EverAnimateTransformer3DModel", _load_network(source, "transformer", dtype))
+    if mode == "separate":
         attach_loras(network, files, check_network(source, "transformer"), dtype)
     else:
         fuse_loras(network, files)
     return network
+
+
+def _load_in_8_bits(
+    source: ModelSource, loras: Sequence[tuple[Path, float]], dtype: torch.dtype
+) -> EverAnimateTransformer3DModel:
+    """The transformer with LoRAs fused, each weight as `store_blocks_as_fp8` is about to keep it.
+
+    It never lies in memory as a whole in `dtype`, which takes twice as much.
+    """
+    found = plan_loras(loras, check_network(source, "transformer"))
+    with LoraFiles(loras) as files:
+
+        def store(key: str, weight: Tensor) -> Tensor:
+            if key in found:
+                weight = files.fuse(found[key], weight)
+            return weight.to(FP8_DTYPE) if BLOCK_LINEAR.fullmatch(key) else weight
+
+        network = assemble(source, "transformer", dtype, change=store)
+    return cast("EverAnimateTransformer3DModel", network.requires_grad_(False))
 
 
 def _load_part(source: ModelSource, folder: Path, load: Callable[[Path], _Loaded]) -> _Loaded:
@@ -321,7 +351,7 @@ def _load_part(source: ModelSource, folder: Path, load: Callable[[Path], _Loaded
     try:
         with quiet_libraries():
             return load(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(
             f"{source.label}: {folder.name} cannot be loaded. "
             f"Give a complete checkpoint in {source.layout} layout."

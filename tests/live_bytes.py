@@ -47,7 +47,8 @@ class LiveBytes(TorchDispatchMode):
     def _count(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key not in self._ignored and key not in self._sizes:
+        is_real = tensor.device.type != "meta"
+        if is_real and key not in self._ignored and key not in self._sizes:
             self._sizes[key] = storage.nbytes()
             weakref.finalize(storage, self._sizes.pop, key)
 

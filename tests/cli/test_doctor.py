@@ -1,9 +1,11 @@
 """`everanimate doctor`: lines, tables or JSON, and the exit code."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 
 from everanimate_cli import doctor
@@ -39,6 +41,17 @@ def test_tables_on_a_terminal(
     assert "Plan:" not in out
 
 
+def test_long_names_leave_room_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "60")
+    main(["doctor"])
+    out = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert re.search(r"^ *Wan-AI/.+ {2}(in|partly in|not in) the cache", out, re.MULTILINE)
+    assert max(map(len, out.splitlines())) <= 60
+
+
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--model", "toy", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
@@ -67,6 +80,16 @@ def test_what_is_broken_shows_in_the_exit_code(
     [
         (["--output", "no"], "--output no does not exist. Give a folder."),
         (["--model", "/no/such"], None),
+        (
+            ["--model", "toyy"],
+            "--model toyy is unknown. Give 'toy' (embedded, works offline), a checkpoint folder, "
+            "or a Hub id such as Wan-AI/Wan2.2-Animate-14B-Diffusers.",
+        ),
+        (
+            ["--model", "owner/name"],
+            f"owner/name is not in the cache ({huggingface_hub.constants.HF_HUB_CACHE}). "
+            "Run everanimate models pull owner/name.",
+        ),
     ],
 )
 def test_slips(

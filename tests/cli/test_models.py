@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ from studio import Animate
 from everanimate_cli import cached_models, hub
 from everanimate_cli.cli import main
 from everanimate_cli.model_table import DETECTORS, ModelFile
-from everanimate_cli.settings import HUB_MODEL
+from everanimate_cli.settings import HUB_MODEL, HUB_PRESET
 
 LORA = "owner/lora/ckpts/a.safetensors"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
@@ -181,6 +182,8 @@ def test_verify_without_links_asks_the_hub(server: Hub, cache: Path, models: Pro
     num_requests = server.num_requests
     assert models("verify", "owner/tiny").code == 0
     assert server.num_requests == num_requests + 1
+    # Of the commit that is here: the branch may have moved on.
+    assert server.requests[-1].path.startswith(f"/api/models/owner/tiny/revision/{COMMIT}")
     path = cache / "models--owner--tiny" / "snapshots" / COMMIT / VAE_FILE
     path.write_bytes(path.read_bytes()[:-4])
     bad = models("verify", "owner/tiny")
@@ -277,7 +280,8 @@ def test_the_defaults_are_what_animate_takes() -> None:
         "rtmw",
         "yolox-m",
     ) == cached_models.DEFAULT_NAMES
-    assert {"toy", HUB_MODEL, *hub.RELEASED_LORAS, "rtmw", "yolox-m"} <= set(
+    step_distilled = {spec.source for spec in HUB_PRESET.fast_lora}  # what --fast needs besides
+    assert {"toy", HUB_MODEL, *hub.RELEASED_LORAS, *step_distilled, "rtmw", "yolox-m"} <= set(
         cached_models.KNOWN_NAMES
     )
 
@@ -311,6 +315,16 @@ def test_the_defaults_are_what_animate_takes() -> None:
             f"nothing is unknown. Give a Hub id such as {HUB_MODEL}, or of a LoRA such as "
             f"{hub.RELEASED_LORAS[1]}, or a name that models list shows.",
         ),
+        (
+            ["path", "owner/lora/../../a.safetensors"],
+            f"owner/lora/../../a.safetensors is unknown. Give a Hub id such as {HUB_MODEL}, or of "
+            f"a LoRA such as {hub.RELEASED_LORAS[1]}, or a name that models list shows.",
+        ),
+        (
+            ["list", ""],
+            f"NAME is unknown. Give a Hub id such as {HUB_MODEL}, or of a LoRA such as "
+            f"{hub.RELEASED_LORAS[1]}, or a name that models list shows.",
+        ),
         (["path"], "Missing argument 'NAME'. See 'everanimate models path --help'."),
     ],
 )
@@ -321,6 +335,40 @@ def test_slips(server: Hub, cache: Path, models: Program, words: list[str], erro
     assert (result.code, result.out) == (2, "")
     assert result.err == f"error: {error.format(hub=address, cache=cache)}\n"
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("command", ["list", "path", "pull", "verify"])
+def test_a_folder_without_a_checkpoint(models: Program, tmp_path: Path, command: str) -> None:
+    (tmp_path / "notes.txt").write_text("no weights")
+    result = models(command, str(tmp_path))
+    assert (result.code, result.out, result.err) == (
+        2,
+        "",
+        f"error: {tmp_path} is a folder without a checkpoint: it has no transformer/config.json. "
+        "Give a checkpoint folder in diffusers or the original layout.\n",
+    )
+
+
+def test_verify_calls_a_folder_by_its_name(
+    models: Program, tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "tiny"))
+    (folder / VAE_FILE).unlink()
+    bad = models("verify", str(folder))
+    assert (bad.code, bad.out) == (
+        1,
+        f"{folder}: has no vae/diffusion_pytorch_model.safetensors. "
+        "Give a complete checkpoint in diffusers layout.\n",
+    )
+
+
+def test_names_from_the_hub_do_not_steer_the_terminal(server: Hub, models: Program) -> None:
+    server.repositories["owner/lora"] = {"\x1b[2Ja.safetensors": b"a"}
+    refused = models("pull", "owner/lora/b.safetensors")
+    assert refused.err == (
+        "error: owner/lora/b.safetensors has no b.safetensors. "
+        "Known: owner/lora/\\x1b[2Ja.safetensors.\n"
+    )
 
 
 def test_no_network_no_access_and_no_room(

@@ -21,9 +21,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from studio import Outcome, picture
 
-from everanimate_cli import train_lora
+from everanimate_cli import offloading, train_lora
 from everanimate_cli.cli import main
 from everanimate_cli.pipeline import AnimatePipeline
+from everanimate_cli.placement import released_sizes
 from everanimate_cli.runs import TrainFolder
 from everanimate_cli.training_validation import Validation
 
@@ -476,6 +477,105 @@ def test_compiling_is_asked_for_once_per_block(
     monkeypatch.setattr(torch.nn.Module, "compile", note)
     assert train("--compile", *ONE_STEP).code == 0
     assert compiled == 4 * ["WanTransformerBlock"]
+
+
+# --- a base in fewer bits ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("how", "package"), [("int8", "torchao"), ("nf4", "bitsandbytes")])
+@pytest.mark.parametrize("more", [(), ("--dry-run",)])
+def test_a_missing_package_is_told_before_anything_is_written(
+    train: Train,
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    package: str,
+    more: tuple[str, ...],
+) -> None:
+    monkeypatch.setattr(offloading, "find_spec", lambda _name: None)
+    outcome = train("--quantize-base", how, *more)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert last_line(outcome) == (
+        f"error: --quantize-base {how} needs the package {package}, which is not installed. "
+        f"Install it with 'pip install {package}', or give --quantize-base fp8."
+    )
+    assert not (place / "out").exists()
+
+
+@pytest.mark.parametrize("how", ["int8", "nf4"])
+@pytest.mark.parametrize("source", ["encoders", "cache"])
+def test_the_base_is_stored_as_in_animate_before_it_gets_adapters(
+    train: Train,
+    reference: Reference,
+    cache: tuple[str, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+    source: str,
+) -> None:
+    """A stand-in for both packages, which rounds weights to steps of 1/8."""
+    packed: list[torch.nn.Linear] = []
+
+    def store(network: Any, *_more: Any) -> None:
+        assert not any(".lora_" in name for name, _ in network.named_modules())
+        for layer in network.blocks.modules():
+            if isinstance(layer, torch.nn.Linear):
+                layer.weight.data.mul_(8).round_().div_(8)
+                layer.compute_dtype = torch.float32
+                packed.append(layer)
+
+    stores = {"int8": "_store_by_torchao", "nf4": "_store_as_nf4"}
+    monkeypatch.setattr(offloading, stores[how], store)
+    monkeypatch.setattr(offloading, "find_spec", lambda _name: object())
+    monkeypatch.setattr(train_lora, "version", lambda package: f"{package} 1.0")
+    words = (*ONE_STEP, "--mixed-precision", "bf16", *(cache if source == "cache" else ()))
+    outcome = train(*words, "--quantize-base", how)
+    assert outcome.code == 0, outcome.err
+    assert len(packed) == len({id(layer) for layer in packed}) > 0
+    assert not any(layer.weight.requires_grad for layer in packed)
+    # bitsandbytes' layers take no notice of autocast.
+    assert {layer.compute_dtype for layer in packed} == {torch.bfloat16}
+    assert_other("out", reference(*words))
+    request = json.loads(Path("out/train.json").read_text())["request"]
+    package = {"int8": "torchao", "nf4": "bitsandbytes"}[how]
+    assert request[f"{package} version"] == f"{package} 1.0"
+
+
+def test_the_plan_counts_packed_weights_and_what_a_step_unpacks(
+    train: Train, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the sizes of the released model.
+
+    Layers for text and picture have inputs without gradients, and leave nothing to a backward pass.
+    """
+    monkeypatch.setattr(train_lora, "read_sizes", lambda _source: released_sizes())
+    monkeypatch.setattr(offloading, "find_spec", lambda _name: object())
+
+    def plan(*words: str) -> tuple[float, int]:
+        made = json.loads(train("--dry-run", "--json", "--dtype", "bfloat16", *words).out)
+        return made["weights_mib"]["transformer"], made["estimated_memory_mib"]
+
+    weights, total = plan()
+    whole = weights - plan("--quantize-base", "int8")[0]
+    whole *= 2  # bytes of bfloat16 for one of int8
+    layer = 5120 * 13824 * 2 / 2**20
+    block = 2 * (6 * 5120**2 + 2 * 5120 * 13824) / 2**20
+    for how, share, unpacked in (
+        ("fp8", 1 / 2, block),
+        ("int8", 1 / 2, block),
+        ("nf4", 4.5 / 16, layer),
+    ):
+        stored, needed = plan("--quantize-base", how)
+        assert weights - stored == pytest.approx((1 - share) * whole, rel=1e-3)
+        assert total - needed == pytest.approx(weights - stored - unpacked, abs=2)
+        kept = ("--gradient-checkpointing", "off")
+        saved = plan(*kept)[1] - plan("--quantize-base", how, *kept)[1]
+        all_unpacked = layer if how == "nf4" else 40 * block
+        assert saved == pytest.approx(weights - stored - all_unpacked, rel=1e-3)
+    # float32 weights that compute in bfloat16 are unpacked to that.
+    floats = ("--dtype", "float32", "--mixed-precision", "bf16", "--quantize-base", "nf4")
+    plain = ("--dtype", "float32", "--mixed-precision", "bf16")
+    (before, all_before), (after, all_after) = plan(*plain), plan(*floats)
+    assert all_before - all_after == pytest.approx(before - after - layer, abs=2)
 
 
 # --- what changes something -----------------------------------------------------------------------

@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.group_offloading import LazyPrefetchGroupOffloadingHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor
 from torch.testing import assert_close
@@ -29,6 +31,7 @@ from everanimate_cli.acceleration import (
 )
 from everanimate_cli.errors import SettingsError
 from everanimate_cli.memory import chunk_noise
+from everanimate_cli.offloading import stream_blocks
 from everanimate_cli.rollout import Chunk, Rollout
 from everanimate_cli.speed_settings import KERNELS, Attention
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
@@ -104,6 +107,15 @@ def test_kernels_on_the_cpu_agree_and_are_used_everywhere(
         assert calls == {KERNELS[name].backend: num_calls}
 
 
+def test_kernels_stay_chosen_when_another_pipeline_takes_the_network(calls: Counter[str]) -> None:
+    """As `open_shared_pipeline` does: the main process once fell back to torch's own choice."""
+    transformer = build_transformer(merged=True)
+    use_attention(transformer, "sdpa-math")
+    transformer.merge_padding()
+    velocity(transformer)
+    assert set(calls) == {"_native_math"}
+
+
 def test_flash_attention_of_the_cpu_agrees_in_bfloat16(calls: Counter[str]) -> None:
     transformer = build_transformer(torch.bfloat16)
     use_attention(transformer, "sdpa-math")
@@ -134,6 +146,8 @@ def test_every_name_is_one_of_diffusers() -> None:
     known = {name.value for name in AttentionBackendName}
     assert {kernel.backend for kernel in KERNELS.values()} <= known
     assert {"auto", *KERNELS} == set(Attention.__args__)  # type: ignore[attr-defined]
+    # Those would load code from the Hub, of whatever revision is newest.
+    assert not [kernel.backend for kernel in KERNELS.values() if "hub" in kernel.backend]
 
 
 @pytest.mark.parametrize(
@@ -146,9 +160,10 @@ def test_every_name_is_one_of_diffusers() -> None:
             "there.",
         ),
         (
-            "sage-hub",
-            "--attention sage-hub needs the package kernels, which is not installed. To install "
-            "it: pip install kernels. Or give auto, which takes what is there.",
+            "sage",
+            "--attention sage needs the package sageattention, which is not installed. To install "
+            "it: pip install sageattention --no-build-isolation (2.1.1 or later). Or give auto, "
+            "which takes what is there.",
         ),
         (
             "sdpa-cudnn",
@@ -273,6 +288,25 @@ def test_each_kind_of_module_is_compiled_once_for_all_chunks() -> None:
         assert_close(made.latents, wanted.latents, rtol=0, atol=1e-5)
     # Blocks, once for each length of the two prompts; face adapters.
     assert num_graphs == [2 + 1] * 3
+
+
+def test_streamed_blocks_are_compiled_without_what_brings_them() -> None:
+    """Of the hooks every block had a version of its own, and after eight the compiler gave up."""
+    transformer = build_transformer()
+    expected = velocity(transformer)
+    stream_blocks(transformer, CPU)
+    # On a card diffusers learns the order of the blocks in the first step, to copy the next one.
+    HookRegistry.check_if_exists_or_initialize(transformer).register_hook(
+        LazyPrefetchGroupOffloadingHook(), "lazy_prefetch_group_offloading"
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    backend = CountingBackend()
+    compile_blocks(transformer, backend)
+    for _ in range(3):
+        assert_close(velocity(transformer), expected, rtol=0, atol=1e-5)
+        assert backend.num_graphs == 2  # a block, a face adapter
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_a_missing_compiler_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

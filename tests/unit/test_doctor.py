@@ -174,8 +174,11 @@ def test_what_is_missing_or_short_is_an_error_with_a_remedy() -> None:
 def test_little_main_memory_is_told() -> None:
     found = examined(memory_free_mib=28 * GIB)
     assert found.choice.placement.preset == "16"  # whose blocks have room there
+    assert texts(found, "warning") == []
+    found = examined(memory_free_mib=18.5 * GIB)
+    assert found.choice.placement.preset == "16"
     (text,) = texts(found, "warning")
-    assert text == "34692 MiB of main memory are needed, and 28672 MiB are free"
+    assert text == "19289 MiB of main memory are needed, and 18944 MiB are free"
 
 
 def test_json_and_text_tell_the_same() -> None:

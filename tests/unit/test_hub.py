@@ -1,5 +1,6 @@
 """Finding a checkpoint or a LoRA, on this machine or on a Hub that a local server plays."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from typing import IO, Any
 
 import huggingface_hub
 import pytest
@@ -301,6 +304,156 @@ def test_what_is_not_what_the_hub_states_is_refused(hub: Hub, tmp_path: Path) ->
     assert not list((tmp_path / "cache").rglob("blobs/*"))
     hub.corrupted.clear()
     assert locate_lora(LORA).read_bytes() == WEIGHTS
+
+
+def test_more_than_the_hub_states_is_refused(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would be thrown away and begun anew for ever."""
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    monkeypatch.setattr(hub, "send_part", lambda *_: (200, {}, WEIGHTS * 2))
+    assert message_of(WeightsError, lambda: locate_lora(LORA)) == (
+        f"--lora {LORA.source}: the download broke off (a.safetensors is larger than the "
+        f"{len(WEIGHTS)} bytes that are stated). "
+        "Run the same command again to go on; what has arrived is kept."
+    )
+    assert not list((tmp_path / "cache").rglob("*.part"))
+    monkeypatch.undo()
+
+
+NO_HUB = (
+    "--lora owner/lora/a.safetensors cannot be downloaded: {hub} does not answer as the Hub does. "
+    "Check HF_ENDPOINT, and in a browser whether the network asks for a login."
+)
+
+
+@pytest.mark.parametrize("page", [b"<html>log in</html>", b"[]", b"null", b"{}", b"[" * 100_000])
+def test_a_page_that_is_no_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, page: bytes) -> None:
+    monkeypatch.setattr(hub, "describe", lambda *_: (200, {"Content-Type": "text/html"}, page))
+    assert message_of(WeightsError, lambda: locate_lora(LORA)) == NO_HUB.format(hub=address())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sha": None},
+        {"sha": "../../x"},
+        {"rfilename": "../../a.safetensors"},
+        {"rfilename": "/tmp/a.safetensors"},
+        {"size": -1},
+        {"size": "many"},
+        {"lfs": {"sha256": "../../../../x", "size": 1, "pointerSize": 1}},
+        {"lfs": {"sha256": "abc", "size": 1, "pointerSize": 1}},
+    ],
+    ids=str,
+)
+def test_a_description_that_leads_elsewhere(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, Any]
+) -> None:
+    """Names, commits and hashes become paths in the cache."""
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    status, headers, page = hub.describe("owner/lora", "revision", "main")
+    described = json.loads(page)
+    (described if "sha" in change else described["siblings"][0]).update(change)
+    answer = (status, headers, json.dumps(described).encode())
+    monkeypatch.setattr(hub, "describe", lambda *_: answer)
+    assert message_of(WeightsError, lambda: locate_lora(LORA)) == NO_HUB.format(hub=address())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_hub_that_tells_sizes_of_large_files_only(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    status, headers, page = hub.describe("owner/lora", "revision", "main")
+    described = json.loads(page)
+    del described["siblings"][0]["size"]
+    describe = hub.describe
+    monkeypatch.setattr(
+        hub,
+        "describe",
+        lambda repository, kind, revision: (
+            (status, headers, json.dumps(described).encode())
+            if kind == "revision"
+            else describe(repository, kind, revision)
+        ),
+    )
+    assert locate_lora(LORA).read_bytes() == WEIGHTS
+
+
+def test_what_is_too_large_for_http_is_left_to_the_library(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    monkeypatch.setattr(huggingface_hub.constants, "MAX_HTTP_DOWNLOAD_SIZE", len(WEIGHTS) - 1)
+    message = message_of(WeightsError, lambda: locate_lora(LORA))  # this hub has no Xet
+    assert "Install `hf_xet`" in message
+
+
+def test_a_cache_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    (tmp_path / "cache").write_text("in the way")
+    message = message_of(WeightsError, lambda: locate_lora(LORA))
+    assert message.startswith(
+        f"--lora {LORA.source} cannot be kept in the cache ({tmp_path}/cache)"
+    )
+    assert message.endswith("Make it writable, or name another folder in HF_HOME.")
+
+
+def test_an_address_a_token_and_a_proxy_that_cannot_work(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    locate = partial(locate_lora, LORA)
+    monkeypatch.setenv("HF_TOKEN", "hf_ü")
+    assert "the token is none: it holds more than ASCII" in message_of(WeightsError, locate)
+    monkeypatch.delenv("HF_TOKEN")
+
+    def lacks_socks(*_args: object, **_kwargs: object) -> None:
+        raise ImportError("Using SOCKS proxy, but 'socksio' is missing.")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lacks_socks)
+    assert message_of(WeightsError, locate).endswith(
+        "and nothing can be asked: Using SOCKS proxy, but 'socksio' is missing."
+    )
+    monkeypatch.undo()
+    use_hub("hf.example", Path("nowhere"), monkeypatch)
+    assert "Write https:// before it in HF_ENDPOINT to download it" in message_of(
+        WeightsError, locate
+    )
+
+
+def test_a_token_is_not_sent_in_the_clear(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub that is encrypted may not lead to its own unencrypted address."""
+    sent: list[dict[str, str]] = []
+
+    def find(url: str, **_kwargs: object) -> SimpleNamespace:
+        return SimpleNamespace(location=url.replace("http:", "https:"))
+
+    def receive(_url: str, content: IO[bytes], **kwargs: Any) -> None:
+        sent.append(kwargs["headers"])
+        content.write(WEIGHTS)
+
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", find)
+    monkeypatch.setattr("everanimate_cli.hub_transfer.http_get", receive)
+    assert locate_lora(LORA).read_bytes() == WEIGHTS
+    assert ["authorization" in headers for headers in sent] == [False]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"../../..", b"main", b""])
+def test_a_reference_that_is_no_commit_counts_as_none(
+    no_network: Path, content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    storage = no_network / "models--owner--lora"
+    (storage / "snapshots" / "main").mkdir(parents=True)
+    (storage / "snapshots" / "main" / "a.safetensors").write_bytes(WEIGHTS)
+    (no_network.parent / "a.safetensors").write_bytes(WEIGHTS)
+    (storage / "refs").mkdir()
+    (storage / "refs" / "main").write_bytes(content)
+    assert "is not in the cache" in message_of(WeightsError, lambda: locate_lora(LORA))
 
 
 def test_a_part_of_another_size_is_not_trusted(hub: Hub) -> None:

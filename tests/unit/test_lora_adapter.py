@@ -157,6 +157,21 @@ def initial_file(path: Path, change: Callable[[dict[str, Tensor]], dict[str, Ten
     return path
 
 
+def test_a_file_is_trained_further_over_packed_weights(tmp_path: Path) -> None:
+    """bitsandbytes keeps two entries in a byte, in one column: no file seemed to fit that."""
+    path = initial_file(tmp_path / "lora.safetensors", lambda tensors: tensors)
+    packed = network()
+    for layer in packed.blocks.modules():
+        if isinstance(layer, torch.nn.Linear):
+            data = torch.zeros(layer.weight.numel() // 2, 1, dtype=torch.uint8)
+            layer.weight = torch.nn.Parameter(data, requires_grad=False)
+    attach_lora(packed, rank=RANK, alpha=RANK, seed=0)
+    load_initial_lora(packed, path, label="--init x", rank=RANK, alpha=RANK)
+    torch.testing.assert_close(
+        read_adapters(packed), read_adapters(trained()), rtol=1e-6, atol=1e-7
+    )
+
+
 def test_another_rank_is_refused(tmp_path: Path) -> None:
     def cut(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         return {

@@ -18,6 +18,7 @@ from tiny import TINY_DEFAULTS, build_tiny_pipeline
 from torch import Tensor, nn
 
 from everanimate_cli import offloading
+from everanimate_cli.acceleration import use_channels_last
 from everanimate_cli.errors import RunError, SettingsError
 from everanimate_cli.offloading import (
     Rota,
@@ -127,6 +128,19 @@ def test_what_is_changed_before_the_first_call_stays() -> None:
     for name in ("vae", "image_encoder", "vae"):
         rota.bring(name)
         assert torch.equal(weight, changed)
+
+
+def test_an_order_of_elements_chosen_after_placing_stays_too() -> None:
+    pipeline = build_tiny_pipeline()
+    rota = Rota(networks_of(pipeline), CPU)
+    weights = [each.weight for each in pipeline.vae.modules() if isinstance(each, nn.Conv3d)]
+    for weight in weights:
+        weight.data = weight.data.contiguous()
+    use_channels_last(pipeline.vae)
+    for name in ("vae", "image_encoder", "vae"):
+        rota.bring(name)
+        order = torch.channels_last_3d
+        assert all(weight.is_contiguous(memory_format=order) for weight in weights)
 
 
 def test_a_pipeline_asks_for_the_network_that_it_uses(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +300,12 @@ def test_a_missing_package_is_named_with_its_remedy(
     )
     check_package("fp8")
     check_package("full")
+    with pytest.raises(SettingsError) as caught:
+        check_package(precision, "--quantize-base 4-bit")
+    assert str(caught.value) == (
+        f"--quantize-base 4-bit needs the package {package}, which is not installed. Install it "
+        f"with 'pip install {package}', or give --quantize-base fp8."
+    )
 
 
 @pytest.mark.parametrize(
@@ -336,7 +356,10 @@ def test_nf4_takes_the_place_of_every_linear_layer(monkeypatch: pytest.MonkeyPat
     replaced = {name for name, each in network.named_modules() if isinstance(each, Linear4bit)}
     linear = {name for name, each in network.named_modules() if isinstance(each, nn.Linear)}
     assert replaced == {name for name in linear if name.startswith("blocks.")}
-    assert all(isinstance(network.get_submodule(name).weight, Packed) for name in replaced)
+    packed = [network.get_submodule(name) for name in replaced]
+    assert all(isinstance(layer.weight, Packed) for layer in packed)
+    # A format of bitsandbytes for CPUs that has no gradient.
+    assert not any(layer.support_avx512bf16_for_cpu for layer in packed)
 
 
 # --- out of memory -------------------------------------------------------------------------------

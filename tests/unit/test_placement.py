@@ -256,6 +256,18 @@ def test_the_sizes_of_a_checkpoint_come_from_its_headers(tmp_path: Path) -> None
     }
 
 
+def test_loading_in_8_bits_takes_no_more_main_memory_than_keeping_them() -> None:
+    stored = {
+        precision: estimate(released_sizes(), Placement(precision=precision), JOB)
+        for precision in ("full", "fp8", "torchao-fp8")
+    }
+    assert stored["full"].loading_mib == pytest.approx(34.2 * GIB, rel=0.01)
+    assert stored["torchao-fp8"].loading_mib == stored["full"].loading_mib
+    kept = ("transformer", "vae", "image_encoder")
+    weights = sum(stored["fp8"].weights_mib[name] for name in kept)
+    assert stored["fp8"].loading_mib == weights < 21 * GIB
+
+
 # --- which one -----------------------------------------------------------------------------------
 
 
@@ -360,6 +372,16 @@ def test_what_is_free_is_asked_of_the_machine(monkeypatch: pytest.MonkeyPatch) -
     assert plan.text_device == CPU
     plan = plan_for_machine(PlacementOptions(), CPU, released_sizes(), JOB)
     assert plan.notes() == []
+
+
+def test_what_the_device_cannot_multiply_is_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offloading, "find_spec", lambda name: name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    options = PlacementOptions(precision="fp8-matmul")
+    with pytest.raises(SettingsError, match=r"^--precision fp8-matmul needs a CUDA card, and the"):
+        plan_for_machine(options, CPU, released_sizes(), JOB)
 
 
 # --- going on with less --------------------------------------------------------------------------

@@ -232,6 +232,34 @@ def test_decoded_floats_are_gone_when_the_next_chunk_is_sampled(rollout: Rollout
     assert len(decoded) == 2
 
 
+def test_what_the_steps_needed_is_gone_when_frames_are_decoded(rollout: Rollout) -> None:
+    """At 480p the embedding of the pose takes 0.3 GiB."""
+    pipeline = rollout.pipeline
+    given: list[weakref.ref[Tensor]] = []
+    num_alive: list[int] = []
+
+    def keep(embed: Callable[[Frames], Tensor]) -> Callable[[Frames], Tensor]:
+        def embed_and_note(frames_u8: Frames) -> Tensor:
+            embeds = embed(frames_u8)
+            given.append(weakref.ref(embeds))
+            return embeds
+
+        return embed_and_note
+
+    def decode(latents: Tensor) -> Tensor:
+        num_alive.append(sum(embeds() is not None for embeds in given))
+        return AnimatePipeline.decode(pipeline, latents)
+
+    with (
+        patch.object(pipeline, "embed_pose", keep(pipeline.embed_pose)),
+        patch.object(pipeline, "embed_face", keep(pipeline.embed_face)),
+        patch.object(pipeline, "decode", decode),
+    ):
+        num_chunks = len(generate(rollout))
+    assert len(given) == 2 * num_chunks
+    assert num_alive == [0] * num_chunks
+
+
 def test_frames_can_be_decoded_again(rollout: Rollout, chunks: list[Chunk]) -> None:
     for chunk in chunks:
         assert np.array_equal(rollout.decode_frames(chunk.latents), chunk.frames_u8)

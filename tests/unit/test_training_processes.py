@@ -115,6 +115,12 @@ def test_processes_wait_for_hours_of_preparation(monkeypatch: pytest.MonkeyPatch
             "--quantize-base fp8 does not go with FSDP. "
             "Leave it out: FSDP2 and ZeRO-3 split the weights already.",
         ),
+        (
+            FakeAccelerator(distributed_type=DistributedType.FSDP, is_fsdp2=True),
+            {"quantize_base": "nf4"},
+            "--quantize-base nf4 does not go with FSDP. "
+            "Leave it out: FSDP2 and ZeRO-3 split the weights already.",
+        ),
     ],
 )
 def test_ways_of_sharing_that_cannot_work_are_refused(

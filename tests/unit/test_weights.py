@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, WanAnimateTransformer3DModel
+from live_bytes import LiveBytes as PeakBytes
 from safetensors.torch import load_file, save_file
 from tiny import (
     TINY_DEFAULTS,
@@ -32,8 +33,10 @@ from everanimate_cli.errors import EverAnimateError, InputError, SettingsError, 
 from everanimate_cli.estimates import Geometry, lora_mib, read_geometry, weights_mib
 from everanimate_cli.events import Event
 from everanimate_cli.hub import locate_lora, locate_model
-from everanimate_cli.lora_adapter import attach_lora, lora_parameters, store_blocks_as_fp8
+from everanimate_cli.lora_adapter import attach_lora, lora_parameters
 from everanimate_cli.model_folder import ModelSource
+from everanimate_cli.offloading import store_blocks
+from everanimate_cli.placement_settings import Placement
 from everanimate_cli.records import LoraSpec
 from everanimate_cli.settings import HUB_PRESET
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
@@ -42,6 +45,7 @@ from everanimate_cli.weights import (
     choose_dtype,
     load_image_processor,
     load_pipeline,
+    load_shared_transformer,
 )
 
 NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
@@ -458,6 +462,47 @@ def test_loras_are_added_one_after_the_other(source: ModelSource) -> None:
     torch.testing.assert_close(fused, plain, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_weights_in_8_bits_are_never_all_in_memory_before(
+    source: ModelSource, dtype: torch.dtype, with_lora: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    lora = write_lora(
+        Path("a.safetensors"),
+        blocks__1__self_attn__q__lora_A__default__weight=torch.randn(2, 48, generator=generator),
+        blocks__1__self_attn__q__lora_B__default__weight=torch.randn(48, 2, generator=generator),
+        diffusion_model__blocks__0__cross_attn__k__diff_b=torch.randn(48, generator=generator),
+        diffusion_model__patch_embedding__diff_b=torch.randn(48, generator=generator),
+    )
+    loras = [(LoraSpec("a.safetensors", 0.5), lora)] if with_lora else []
+
+    def load(precision: Any) -> EverAnimateTransformer3DModel:
+        placement = Placement(precision=precision)
+        return load_pipeline(source, loras, CPU, dtype, placement=placement).transformer
+
+    def count_bytes(network: nn.Module) -> int:
+        tensors = (*network.parameters(), *network.buffers())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    expected = load("full")
+    num_before = count_bytes(expected)
+    store_blocks(expected, "fp8", CPU)
+    largest = max(parameter.numel() for parameter in expected.parameters())
+    allowed = count_bytes(expected) + 4 * largest  # in float32, on its way
+    assert allowed < 0.9 * num_before
+    mapped = load_file(source.folder / TRANSFORMER_FILE)  # the system may drop it from memory
+    monkeypatch.setattr("everanimate_cli.stored_weights.load_file", lambda _path: dict(mapped))
+    with PeakBytes(elsewhere=mapped.values()) as alive:
+        network = load_shared_transformer(
+            source, loras, CPU, dtype, placement=Placement(precision="fp8")
+        )
+    assert_same_weights(network, expected)
+    assert network.dtype == dtype
+    assert not any(parameter.requires_grad for parameter in network.parameters())
+    assert alive.peak < allowed
+
+
 def test_a_lora_that_does_not_fit_is_refused_before_any_weight_is_read(
     source: ModelSource, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -685,13 +730,8 @@ def test_the_estimate_of_training_is_near_what_is_counted(
     assert estimate == pytest.approx(step.peak / 2**20, rel=0.1)
 
 
-def test_the_memory_of_a_lora_and_of_a_base_in_8_bits(source: ModelSource) -> None:
+def test_the_memory_of_a_lora(source: ModelSource) -> None:
     network = build_tiny_pipeline(dtype=torch.bfloat16).transformer
-    store_blocks_as_fp8(network)
-    in_memory = sum(p.numel() * p.element_size() for p in network.parameters())
-    estimate = weights_mib(source, torch.bfloat16, quantize=True)["transformer"]
-    assert estimate == pytest.approx(in_memory / 2**20, rel=1e-6)
-    assert estimate < weights_mib(source, torch.bfloat16)["transformer"]
     attach_lora(network, rank=3, alpha=3, seed=0)
     lora = sum(p.numel() for p in lora_parameters(network).values())
     assert lora_mib(source, 3) == 4 * 4 * lora / 2**20
