@@ -3,11 +3,9 @@
 Nothing is opened here but the list itself, so that a slip in it is told at once.
 """
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,6 +17,7 @@ from everanimate_cli.eval_settings import (
     is_method_name,
 )
 from everanimate_cli.records import Record, decode_time
+from everanimate_cli.table_rows import csv_rows, jsonl_rows
 
 
 def _decode_count(value: object) -> object:
@@ -127,7 +126,12 @@ def read_manifest(manifest: Path) -> list[EvalEntry]:
         raise InputError(f"--manifest {manifest} cannot be read: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise InputError(f"--manifest {manifest} is not UTF-8 text. Save it as UTF-8.") from error
-    rows = _csv_rows(manifest, text) if suffix == ".csv" else _jsonl_rows(manifest, text)
+    wrong_line = partial(_wrong_line, manifest)
+    rows = (
+        csv_rows(text, partial(_check_header, manifest), wrong_line)
+        if suffix == ".csv"
+        else jsonl_rows(text, wrong_line)
+    )
     entries: list[EvalEntry] = []
     for number, row in rows:
         entry = _entry_of_row(manifest, number, row)
@@ -141,37 +145,9 @@ def read_manifest(manifest: Path) -> list[EvalEntry]:
     return entries
 
 
-def _csv_rows(manifest: Path, text: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        if len(set(header)) != len(header):
-            raise _wrong_line(manifest, 1, "a column is there twice.")
-        for values in reader:
-            if not any(values):  # an empty line, or one of commas as spreadsheets leave them
-                continue
-            if len(values) != len(header):
-                raise _wrong_line(
-                    manifest,
-                    reader.line_num,
-                    f"{len(values)} values for {len(header)} columns. Quote values with commas.",
-                )
-            yield reader.line_num, dict(zip(header, values, strict=True))
-    except csv.Error as error:
-        raise _wrong_line(manifest, reader.line_num, f"{error}.") from error
-
-
-def _jsonl_rows(manifest: Path, text: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _wrong_line(manifest, number, f"not JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise _wrong_line(manifest, number, "not a JSON object.")
-        yield number, row
+def _check_header(manifest: Path, header: list[str]) -> None:
+    if len(set(header)) != len(header):
+        raise _wrong_line(manifest, 1, "a column is there twice.")
 
 
 def _entry_of_row(manifest: Path, number: int, row: Mapping[str, object]) -> EvalEntry:

@@ -4,17 +4,17 @@ A *clip* is one video, or a part of one, with its pose and face videos. Nothing 
 the manifest itself, so that a slip in it is told at once.
 """
 
-import csv
-import io
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 from everanimate_cli.errors import InputError, SettingsError
 from everanimate_cli.records import Record, decode_time
 from everanimate_cli.settings import POSE_SUFFIX
+from everanimate_cli.table_rows import csv_rows, jsonl_rows
 
 VIDEO_SUFFIXES = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v")
 
@@ -86,7 +86,11 @@ def read_dataset(dataset: Path) -> list[ClipEntry]:
         text = _read_text(dataset)
     except OSError as error:
         raise InputError(f"DATASET {dataset} cannot be read: {error.strerror}.") from error
-    lines = _csv_rows(dataset, text) if suffix == ".csv" else _jsonl_rows(dataset, text)
+    lines = (
+        csv_rows(text, partial(_check_header, dataset), partial(_wrong_line, dataset))
+        if suffix == ".csv"
+        else jsonl_rows(text, partial(_wrong_line, dataset))
+    )
     entries = [_entry_of_row(dataset, number, row) for number, row in lines]
     if not entries:
         raise InputError(f"DATASET {dataset} lists no video. Add a line for each video.")
@@ -163,26 +167,6 @@ class _Row(Record):
 _COLUMNS = tuple(column.name for column in fields(_Row))
 
 
-def _csv_rows(dataset: Path, text: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """(number of the line at which it ends, values by column) of each row."""
-    reader = csv.reader(io.StringIO(text, newline=""), skipinitialspace=True, strict=True)
-    try:
-        header = [name.strip() for name in next(reader, [])]
-        _check_header(dataset, header)
-        for values in reader:
-            if not any(values):  # an empty line, or one of commas as spreadsheets leave them
-                continue
-            if len(values) != len(header):
-                raise _wrong_line(
-                    dataset,
-                    reader.line_num,
-                    f"{len(values)} values for {len(header)} columns. Quote values with commas.",
-                )
-            yield reader.line_num, dict(zip(header, values, strict=True))
-    except csv.Error as error:
-        raise _wrong_line(dataset, reader.line_num, f"{error}.") from error
-
-
 def _check_header(dataset: Path, header: list[str]) -> None:
     known = f"Known: {', '.join(_COLUMNS)}."
     if not any(header):
@@ -194,21 +178,6 @@ def _check_header(dataset: Path, header: list[str]) -> None:
             raise InputError(f"DATASET {dataset}: the column '{name}' is there twice.")
     if "video" not in header:
         raise InputError(f"DATASET {dataset} has no column 'video'. {known}")
-
-
-def _jsonl_rows(dataset: Path, text: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """(number of the line, values by column) of each row."""
-    # Not `splitlines`: text in JSON may hold the rarer line ends as they are.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise _wrong_line(dataset, number, f"not JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise _wrong_line(dataset, number, "not a JSON object.")
-        yield number, row
 
 
 def _entry_of_row(dataset: Path, number: int, row: Mapping[str, object]) -> ClipEntry:

@@ -38,8 +38,8 @@ cannot be downloaded there, is fetched as wheels on another machine (10 MB; Pyth
 
 and installed by
 
-    pip install --no-index --no-deps --target /tmp/site wheels/*.whl
-    export PYTHONPATH=/tmp/site PYTHONUNBUFFERED=1
+    pip install --no-index --no-deps --target site wheels/*.whl
+    export PYTHONPATH=$PWD/site PYTHONUNBUFFERED=1
 
 In two calls of ten minutes on a card with 80 GB, with 128 GB of main memory:
 

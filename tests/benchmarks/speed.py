@@ -27,14 +27,14 @@ import argparse
 import copy
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from animate_speed import describe_machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -362,17 +362,6 @@ def lay_out(row: Row) -> str:
         f"| {row.name} | {row.unit} | {1e3 * row.plain_s:.1f} | {1e3 * row.seconds:.1f} | "
         f"**{row.ratio:.2f}** ({low:.2f} to {high:.2f}) | {pixels} |"
     )
-
-
-def describe_machine() -> str:
-    """Processor and versions, in one line."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "av"))
-    return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {libraries}"
 
 
 def main() -> None:

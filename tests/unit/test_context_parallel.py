@@ -80,8 +80,7 @@ def test_compiled_blocks_trade_tokens_without_a_break() -> None:
         assert max(found) < 1e-5
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.gpus
 @pytest.mark.parametrize("attention", ["ulysses", "ring"])
 def test_two_cards_give_the_velocity_of_one(attention: SharedAttention) -> None:
     """In bfloat16, whose rounding changes these velocities by up to 0.08 (of 2.2 deviation)."""
