@@ -591,6 +591,9 @@ def encode_latents(work: Path, num_videos: int, processes: int) -> None:
 # Shares of the memory modes in the mixture that the base learns: none must be off its distribution.
 _MODE_SHARES = {"latent": 0.56, "alone": 0.2, "pixel": 0.24}
 _FIRST_CHUNK_SHARE = 0.4
+# The reference is a frame two seconds before the target, the person standing still, or the
+# target's own opening frame (self-reenactment).
+_REFERENCE_SHARES = (0.35, 0.3, 0.35)
 _PIXEL_CARRY_SHARES = (0.25, 0.4, 0.35)  # nothing, 1 and 5 frames
 _POSE_DROP_SHARE = 0.05
 _DEFAULT_PROMPT_SHARE = 0.5
@@ -649,14 +652,23 @@ def _constant_tensors(parts: _FrozenParts) -> dict[str, Tensor]:
     return {"grey": parts.encode(grey)[0], "black": parts.encode(grey - 1)[0], "prompts": prompts}
 
 
+def _with_opening(batch: dict[str, Tensor]) -> Tensor:
+    """Codes of the single frames, and as the last one that of the target's opening frame.
+
+    The first slot of a causal code holds the first frame alone, as if it were a picture.
+    """
+    return torch.cat([batch["single"], batch["target"][:, :, :1]], dim=2)
+
+
 def _identity_and_motion(
     batch: dict[str, Tensor], mode: str, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Identity slots, motion slot and CLIP tokens of a batch in a layout of four slots."""
-    single = batch["single"]
+    single = _with_opening(batch)
     identity, motion, clip = [], batch["motion"].clone(), []
     for row in range(len(single)):
-        reference = 2 * NUM_CANDIDATES + int(rng.random() < 0.4)
+        kind = int(rng.choice(3, p=_REFERENCE_SHARES))
+        reference = 2 * NUM_CANDIDATES + kind
         slots = [reference] * NUM_IDENTITY_SLOTS
         first = rng.random() < _FIRST_CHUNK_SHARE
         if not first and rng.random() > 0.05:
@@ -670,7 +682,7 @@ def _identity_and_motion(
             motion[row] += torch.randn(motion[row].shape) * rng.uniform(0, 0.3)
         identity.append(single[row, :, slots])
         from_target = not first and rng.random() < 0.5
-        clip.append(batch["clip"][row, 2 if from_target else reference - 2 * NUM_CANDIDATES])
+        clip.append(batch["clip"][row, 2 if from_target else kind])
     return torch.stack(identity), motion, torch.stack(clip)
 
 
@@ -678,13 +690,13 @@ def _pixel_layout(
     batch: dict[str, Tensor], grey: Tensor, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Identity slot, condition and CLIP tokens of a batch as stock Wan-Animate lays them out."""
-    standing = int(rng.random() < 0.4)
-    reference = batch["single"][:, :, [2 * NUM_CANDIDATES + standing]]
+    kind = int(rng.choice(3, p=_REFERENCE_SHARES))
+    reference = _with_opening(batch)[:, :, [2 * NUM_CANDIDATES + kind]]
     carried = int(rng.choice([0, 1, 5], p=_PIXEL_CARRY_SHARES))
     video = batch[f"carry{carried}"] if carried else grey.expand_as(batch["target"])
     if carried and rng.random() < _NOISY_MOTION_SHARE:
         video = video + torch.randn_like(video) * rng.uniform(0, 0.3)
-    return reference, build_pixel_condition(reference, video, carried), batch["clip"][:, standing]
+    return reference, build_pixel_condition(reference, video, carried), batch["clip"][:, kind]
 
 
 def _transformer_loss(work: Path, device: torch.device) -> LossFunction:
