@@ -304,13 +304,29 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=[chr(code) for code in range(32, 127)],
         show_progress=False,
     )
-    tokenizer.train_from_iterator([*captions, *([PROMPT] * 50)], trainer)
+    texts = [*captions, *([PROMPT] * 50)]
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.model = models.Unigram(_with_unseen_in_order(tokenizer, texts), unk_id=2)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
     )
+
+
+def _with_unseen_in_order(tokenizer: Tokenizer, texts: list[str]) -> list[tuple[str, float]]:
+    """Pieces and scores without what the trainer leaves to chance.
+
+    That is the order of the characters which no text has, and the last digits of the scores.
+    """
+    pieces: list[tuple[str, float]] = json.loads(tokenizer.to_str())["model"]["vocab"]
+    seen = set("".join(texts).replace(" ", "▁"))
+    unseen = sorted(piece for piece, _ in pieces if len(piece) == 1 and piece not in seen)
+    in_order = iter(unseen)
+    return [
+        (next(in_order) if piece in unseen else piece, round(score, 6)) for piece, score in pieces
+    ]
 
 
 class _ImageTextModel(torch.nn.Module):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file
+from transformers import AutoTokenizer
 
 from everanimate_cli import checkpoint, hub, toy_loop, toy_training, toyworld, weights
 from everanimate_cli.toy_loop import Muon, TrainingPlan, load_average, train
@@ -122,3 +123,11 @@ def test_captions_fit_the_stored_text() -> None:
     tokenizer = toy_training.build_tokenizer()
     captions = [toyworld.make_person(seed).words for seed in range(200)]
     assert max(len(ids) for ids in tokenizer(captions)["input_ids"]) < toy_training.MAX_TEXT_TOKENS
+
+
+def test_the_tokenizer_is_the_same_every_time_and_that_of_the_embedded_model() -> None:
+    first, second = (toy_training.build_tokenizer() for _ in range(2))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    assert (
+        first.get_vocab() == AutoTokenizer.from_pretrained(hub.TOY_FOLDER / "tokenizer").get_vocab()
+    )
