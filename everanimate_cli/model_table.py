@@ -20,6 +20,9 @@ TOY: Final = "toy"
 FOLDER_MEMBER: Final = "end2end.onnx"
 _OPENMMLAB = "https://download.openmmlab.com/mmpose/v1/projects/"
 _HUB = "https://huggingface.co/"
+_DWPOSE_COMMIT = "f7c16a3d45ad3783db41471848c80fbc281cabac"
+_VITPOSE = "Kijai/vitpose_comfy"
+_VITPOSE_COMMIT = "ae68f4e542151cebec0995b8469c70b07b8c3df4"
 # rtmlib's author keeps the same archives there, and rtmlib falls back to it as well.
 _OPENMMLAB_MIRROR = f"{_HUB}Tau-J/RTMPose/resolve/main/"
 
@@ -100,9 +103,11 @@ def _openmmlab_file(
     return ModelFile(name=f"{name}.onnx", urls=urls, num_mb=num_mb, sha256=sha256)
 
 
-def _hub_file(repository: str, path: str, num_mb: int, sha256: str | None = None) -> ModelFile:
+def _hub_file(
+    repository: str, path: str, num_mb: int, sha256: str | None = None, revision: str = "main"
+) -> ModelFile:
     name = PurePosixPath(path).name
-    url = f"{_HUB}{repository}/resolve/main/{path}"
+    url = f"{_HUB}{repository}/resolve/{revision}/{path}"
     return ModelFile(name=name, urls=(url,), num_mb=num_mb, sha256=sha256)
 
 
@@ -142,6 +147,7 @@ POSE_MODELS: Final[Mapping[str, PoseModel]] = {
                 "dw-ll_ucoco_384.onnx",
                 134,
                 "724f4ff2439ed61afb86fb8a1951ec39c6220682803b4a8bd4f598cd913b1843",
+                _DWPOSE_COMMIT,
             ),
         ),
         about="DWPose-l at 384x288",
@@ -151,8 +157,10 @@ POSE_MODELS: Final[Mapping[str, PoseModel]] = {
     "vitpose": PoseModel(
         # The original's own copy is a folder of 394 files; this is the same network in two.
         files=(
-            _hub_file("Kijai/vitpose_comfy", "onnx/vitpose_h_wholebody_model.onnx", 1),
-            _hub_file("Kijai/vitpose_comfy", "onnx/vitpose_h_wholebody_data.bin", 2549),
+            _hub_file(_VITPOSE, "onnx/vitpose_h_wholebody_model.onnx", 1, revision=_VITPOSE_COMMIT),
+            _hub_file(
+                _VITPOSE, "onnx/vitpose_h_wholebody_data.bin", 2549, revision=_VITPOSE_COMMIT
+            ),
         ),
         about="ViTPose-H at 256x192, which Wan2.2-Animate was released with",
         detector="yolov10m",
@@ -213,6 +221,7 @@ DETECTORS: Final[Mapping[str, DetectorModel]] = {
                 "yolox_l.onnx",
                 217,
                 "7860ae79de6c89a3c1eb72ae9a2756c0ccfbe04b7791bb5880afabd97855a411",
+                _DWPOSE_COMMIT,
             ),
         ),
         about="YOLOX-l for 80 kinds of things, of which people are kept",

@@ -626,6 +626,18 @@ def test_every_entry_is_complete() -> None:
     assert {model.detector for model in POSE_MODELS.values()} <= DETECTORS.keys()
 
 
+def test_what_is_fetched_cannot_change_unseen() -> None:
+    """A checksum or a commit, except for one file whose checksum nobody has published."""
+    models: list[PoseModel | DetectorModel] = [*POSE_MODELS.values(), *DETECTORS.values()]
+    loose = {
+        file.name
+        for model in models
+        for file in model.files
+        if file.sha256 is None and any("/resolve/main/" in url for url in file.urls)
+    }
+    assert loose == {"rtmw-dw-l-m_simcc-cocktail14_270e-256x192_20231122.onnx"}
+
+
 def test_openmmlab_files_have_rtmlibs_names_and_mirror() -> None:
     """Both are its own rules: the zip's base name, and the same tail on the Hub."""
     (file,) = POSE_MODELS["rtmw"].files
