@@ -607,9 +607,9 @@ def encode_latents(work: Path, num_videos: int, processes: int) -> None:
 # Shares of the memory modes in the mixture that the base learns: none must be off its distribution.
 _MODE_SHARES = {"latent": 0.56, "alone": 0.2, "pixel": 0.24}
 _FIRST_CHUNK_SHARE = 0.4
-# The reference is a frame two seconds before the target, the person standing still, or the
-# target's own opening frame (self-reenactment).
-_REFERENCE_SHARES = (0.35, 0.3, 0.35)
+# The reference is a frame two seconds before the target, the person standing still, or, for the
+# first chunk of a video only, the target's own opening frame (self-reenactment).
+_REFERENCE_SHARES = {False: (0.55, 0.45, 0.0), True: (0.25, 0.25, 0.5)}
 _PIXEL_CARRY_SHARES = (0.25, 0.4, 0.35)  # nothing, 1 and 5 frames
 _POSE_DROP_SHARE = 0.05
 _DEFAULT_PROMPT_SHARE = 0.5
@@ -683,10 +683,10 @@ def _identity_and_motion(
     single = _with_opening(batch)
     identity, motion, clip = [], batch["motion"].clone(), []
     for row in range(len(single)):
-        kind = int(rng.choice(3, p=_REFERENCE_SHARES))
+        first = bool(rng.random() < _FIRST_CHUNK_SHARE)
+        kind = int(rng.choice(3, p=_REFERENCE_SHARES[first]))
         reference = 2 * NUM_CANDIDATES + kind
         slots = [reference] * NUM_IDENTITY_SLOTS
-        first = rng.random() < _FIRST_CHUNK_SHARE
         if not first and rng.random() > 0.05:
             pool = int(rng.random() < 0.5) * NUM_CANDIDATES
             count = NUM_IDENTITY_SLOTS - int(rng.random() < 0.6)
@@ -706,9 +706,9 @@ def _pixel_layout(
     batch: dict[str, Tensor], grey: Tensor, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Identity slot, condition and CLIP tokens of a batch as stock Wan-Animate lays them out."""
-    kind = int(rng.choice(3, p=_REFERENCE_SHARES))
-    reference = _with_opening(batch)[:, :, [2 * NUM_CANDIDATES + kind]]
     carried = int(rng.choice([0, 1, 5], p=_PIXEL_CARRY_SHARES))
+    kind = int(rng.choice(3, p=_REFERENCE_SHARES[carried == 0]))
+    reference = _with_opening(batch)[:, :, [2 * NUM_CANDIDATES + kind]]
     video = batch[f"carry{carried}"] if carried else grey.expand_as(batch["target"])
     if carried and rng.random() < _NOISY_MOTION_SHARE:
         video = video + torch.randn_like(video) * rng.uniform(0, 0.3)
