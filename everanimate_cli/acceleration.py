@@ -20,6 +20,7 @@ from torch.utils._triton import has_triton
 
 from everanimate_cli.errors import SettingsError
 from everanimate_cli.library_logs import quiet_libraries
+from everanimate_cli.narrow_linear import widen_outside
 from everanimate_cli.speed_settings import KERNELS, Attention, check_installed
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ _FP8_CAPABILITY = (8, 9)
 _FP8_DTYPE = torch.bfloat16
 # Of the memory of a card, what may be in use before the allocator runs into its limit.
 _USABLE_SHARE = 0.92
+_MIB = 2**20
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -64,6 +66,7 @@ def choose_attention(attention: Attention, device: torch.device, dtype: torch.dt
             and dtype in _HALF_DTYPES
             and _capability(device) == _HOPPER
             and importlib.util.find_spec(KERNELS["flash3"].package) is not None
+            and _why_unusable("flash3") is None
         )
         return "flash3" if wants_flash3 else "sdpa"
     kernel = KERNELS[attention]
@@ -85,16 +88,22 @@ def choose_attention(attention: Attention, device: torch.device, dtype: torch.dt
             f"--attention {attention} computes in bfloat16 and float16 only, and --dtype is "
             f"{str(dtype).removeprefix('torch.')}. Give --dtype bfloat16, or sdpa."
         )
-    try:
-        # An installed package may be too old, or broken.
-        with quiet_libraries(), attention_backend(kernel.backend):
-            pass
-    except (RuntimeError, ValueError, ImportError, OSError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
+    why_not = _why_unusable(attention)
+    if why_not is not None:
         raise SettingsError(
-            f"--attention {attention} cannot be used: {reason}. Give sdpa or auto."
-        ) from error
+            f"--attention {attention} cannot be used: {why_not}. Give sdpa or auto."
+        )
     return attention
+
+
+def _why_unusable(attention: Attention) -> str | None:
+    """What diffusers has against these kernels: an installed package may be too old, or broken."""
+    try:
+        with quiet_libraries(), attention_backend(KERNELS[attention].backend):
+            return None
+    except (RuntimeError, ValueError, ImportError, OSError) as error:
+        lines = str(error).splitlines() or [type(error).__name__]
+        return lines[0].rstrip(".")
 
 
 def use_attention(transformer: EverAnimateTransformer3DModel, attention: Attention) -> None:
@@ -160,6 +169,8 @@ def compile_blocks(
             compiled: it differs from block to block, and the compiler would give up on all of them.
         backend: Of `torch.compile`.
     """
+    if torch.cuda.is_available() and _capability(None) < _FP8_CAPABILITY:
+        widen_outside(transformer)
     for module in (*transformer.blocks, *transformer.face_adapter):
         hooks = getattr(module, "_diffusers_hook", None)
         if hooks is None:
@@ -215,13 +226,18 @@ def enable_fp8_matmul(transformer: EverAnimateTransformer3DModel, device: torch.
         SettingsError: If torchao or a card of compute capability 8.9 is missing.
     """
     check_fp8_matmul(device, transformer.blocks[0].attn1.to_q.weight.dtype)
-    torchao = importlib.import_module("torchao.quantization")  # not everybody has it
-    config = torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow())
     for block in transformer.blocks:
         home = block.attn1.to_q.weight.device
         block.to(device)
-        torchao.quantize_(block, config, filter_fn=_is_linear)
+        multiply_in_fp8(block)
         block.to(home)
+
+
+def multiply_in_fp8(block: nn.Module) -> None:
+    """As `enable_fp8_matmul`, one block, which is on the card."""
+    torchao = importlib.import_module("torchao.quantization")  # not everybody has it
+    config = torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow())
+    torchao.quantize_(block, config, filter_fn=_is_linear)
 
 
 def _is_linear(module: nn.Module, _name: str) -> bool:
@@ -256,22 +272,26 @@ def has_core_to_spare(device: torch.device) -> bool:
     return device.type != "cpu" or torch.get_num_threads() < _count_cores()
 
 
-def has_room_beside(device: torch.device) -> bool:
+def has_room_beside(device: torch.device, needed_mib: float) -> bool:
     """Whether another thread can run a network meanwhile, on the same device.
 
-    On CUDA a card must hold two working sets as large as the largest so far. On a CPU there must be
-    cores for twice the threads, since threads of torch that wait for one another wait busily: with
-    two on two free cores, runs took twice the time. The answer never changes the result.
+    On a CPU there must be cores for twice the threads, since threads of torch that wait for one
+    another wait busily: with two on two free cores, runs took twice the time. The answer never
+    changes the result.
+
+    Args:
+        device: Where both run.
+        needed_mib: What both take beside what is on the card now. As estimated: the peak measured
+            so far knows nothing of a network that has not run yet, and counts both where they
+            have been beside each other.
     """
     if device.type == "cpu":
         return 2 * torch.get_num_threads() < _count_cores()
     if device.type != "cuda":
         return False
-    resident = torch.cuda.memory_allocated(device)
-    working_set = torch.cuda.max_memory_allocated(device) - resident
     free, _ = torch.cuda.mem_get_info(device)
     own = torch.cuda.memory_reserved(device) + free  # other programs have the rest
-    return resident + 2 * working_set < _USABLE_SHARE * own
+    return torch.cuda.memory_allocated(device) + needed_mib * _MIB < _USABLE_SHARE * own
 
 
 def _count_cores() -> int:
@@ -281,7 +301,7 @@ def _count_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _capability(device: torch.device) -> tuple[int, int]:
+def _capability(device: torch.device | None) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 

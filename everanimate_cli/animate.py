@@ -20,7 +20,7 @@ from everanimate_cli.images import atomic_path
 from everanimate_cli.inputs import build_rollout, encode_texts, extract_driving, open_inputs
 from everanimate_cli.offloading import is_out_of_memory, offload_folder
 from everanimate_cli.preflight import settings_path
-from everanimate_cli.preparation import Preparation, make_request, prepare
+from everanimate_cli.preparation import Networks, Preparation, make_request, prepare
 from everanimate_cli.runs import RunFolder, list_runs
 from everanimate_cli.settings import AnimateSettings, run_folder
 from everanimate_cli.workspace import open_work, publish
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from everanimate_cli.animate_processes import Processes
     from everanimate_cli.inputs import Inputs
+    from everanimate_cli.model_folder import ModelSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +75,16 @@ def animate(
         if resolved.dry_run:
             facts |= prepared.memory.choice.estimate.to_json()
             return AnimateResult(output=resolved.output, facts=facts)
+        networks = prepared.networks
+        assert networks is not None  # only a dry run does without
         if prepared.inputs is None:
-            prepared = _with_poses(prepared, stack, on_event)
+            prepared = _with_poses(prepared, networks.source, stack, on_event)
             resolved = prepared.settings
             timings["poses_s"] = time.monotonic() - started_s
             facts["pose_folder"] = str(resolved.driving)
         inputs = prepared.inputs
         assert inputs is not None
-        request = make_request(prepared, inputs)
+        request = make_request(prepared, networks, inputs)
         _name_other_runs(resolved.output, on_event)
         stack.enter_context(
             open_work(
@@ -95,7 +98,7 @@ def animate(
         work = plan_work(run, prepared.chunks, resolved)
         on_event(Note(text=_describe_work(facts, work)))
         if work:
-            facts |= _make_chunks(prepared, inputs, work, timings, processes, on_event)
+            facts |= _make_chunks(prepared, networks, inputs, work, timings, processes, on_event)
         facts["audio"] = join(run, prepared.chunks, inputs)
         publish(run.joined_path, resolved.output)
         timings["total_s"] = time.monotonic() - started_s
@@ -106,7 +109,7 @@ def animate(
             "effective": resolved.to_json(),
             "result": facts,
             "request": request,
-            "model_revision": prepared.networks.source.revision,
+            "model_revision": networks.source.revision,
             "anchor_frame_indices": prepared.anchors,
             "platform": platform.platform(),
         }
@@ -122,9 +125,11 @@ def animate(
 # --- the run -------------------------------------------------------------------------------------
 
 
-def _with_poses(prepared: Preparation, stack: ExitStack, on_event: OnEvent) -> Preparation:
+def _with_poses(
+    prepared: Preparation, source: ModelSource, stack: ExitStack, on_event: OnEvent
+) -> Preparation:
     """The same with the poses of its raw driving video extracted and opened."""
-    source, size = prepared.networks.source, prepared.size
+    size = prepared.size
     resolved, media = extract_driving(
         prepared.settings, prepared.media, source, size, prepared.face_size, on_event
     )
@@ -134,6 +139,7 @@ def _with_poses(prepared: Preparation, stack: ExitStack, on_event: OnEvent) -> P
 
 def _make_chunks(
     prepared: Preparation,
+    networks: Networks,
     inputs: Inputs,
     work: Work,
     timings: dict[str, float],
@@ -142,9 +148,10 @@ def _make_chunks(
 ) -> dict[str, float]:
     """Load the networks and make what is left to do; facts about it."""
     settings, run, memory = prepared.settings, prepared.run, prepared.memory
-    networks, chunks = prepared.networks, prepared.chunks
+    chunks = prepared.chunks
     if processes is not None:
         processes.describe_shortage = partial(_describe_shortage, run, memory)
+        processes.forget = partial(_forget, run)
     with _working_memory(run, memory, on_event) as folder:
         loading_s = time.monotonic()
         prompts = encode_texts(
@@ -157,6 +164,8 @@ def _make_chunks(
         )
         pipeline = networks.load(prepared.device, processes, settings, folder)
         timings["load_s"] = time.monotonic() - loading_s
+        for line in [] if pipeline.rota is None else pipeline.rota.notes():
+            on_event(Note(text=line))
         rollout = build_rollout(settings, pipeline, inputs, chunks, prepared.anchors, prompts)
         encode_again(run, rollout, chunks, settings, inputs, work)
         return generate(run, rollout, chunks, settings, inputs, work, timings, on_event)
@@ -207,7 +216,11 @@ def _working_memory(
 
 def _describe_shortage(run: RunFolder, memory: placement.Plan) -> str:
     """What to do now that memory ran out."""
-    num_finished = run.count_finished()
-    if not num_finished:
-        run.remove()  # there is nothing to go on with, so that any options may follow
-    return memory.describe_shortage(num_finished)
+    _forget(run)
+    return memory.describe_shortage(run.count_finished())
+
+
+def _forget(run: RunFolder) -> None:
+    """Remove a run in which nothing is finished, so that any options may follow."""
+    if not run.count_finished():
+        run.remove()

@@ -70,12 +70,14 @@ class Processes:
         launch: Who this process is.
         describe_shortage: Says in the main process what to do where memory runs out, also in
             another one; None as long as nothing is loaded.
+        forget: Removes in the main process what a refusal must not leave behind; likewise.
     """
 
     def __init__(self, launch: Launch, leave: Leave) -> None:
         """Talk to nobody yet."""
         self.launch = launch
         self.describe_shortage: Callable[[], str] | None = None
+        self.forget: Callable[[], None] | None = None
         self._leave = leave
         self._store: Store | None = None
         self._is_over = threading.Event()
@@ -185,7 +187,9 @@ class Processes:
         return _as_error(self._advise(failure))
 
     def _advise(self, failure: Failure) -> Failure:
-        """Of a shortage in another process what this one would tell of its own."""
+        """Do and tell of a failure of another process what this one would of its own."""
+        if failure.exit_code != RunError.exit_code and self.forget is not None:
+            self.forget()
         if not failure.is_shortage or self.describe_shortage is None:
             return failure
         return replace(failure, message=self.describe_shortage())

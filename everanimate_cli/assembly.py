@@ -6,6 +6,7 @@ packed as GGUF. The headers have been checked before (`checkpoint.check_checkpoi
 
 from __future__ import annotations
 
+from dataclasses import replace
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
@@ -23,10 +24,11 @@ from everanimate_cli.checkpoint import (
 from everanimate_cli.errors import WeightsError
 from everanimate_cli.library_logs import quiet_libraries
 from everanimate_cli.model_folder import ModelSource
-from everanimate_cli.stored_weights import load_tensors
+from everanimate_cli.offloading import STREAMED
+from everanimate_cli.stored_weights import LoadedTensors, load_tensors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from torch import Tensor, nn
 
@@ -40,15 +42,21 @@ def assemble(
     dtype: torch.dtype,
     *,
     change: Callable[[str, Tensor], Tensor] | None = None,
+    finish: Callable[[str, nn.Module], None] | None = None,
 ) -> nn.Module:
-    """Load one network.
+    """Load one network, the blocks of a transformer one after the other.
+
+    Plain files are mapped, not read: memory is taken by what is in another dtype there, or comes
+    out of `change`, and by no more than one block before `finish` stores it in less.
 
     Args:
         source: From `hub.locate_model`; checked by `check_checkpoint`.
         name: Of the network.
         dtype: As in `weights.load_pipeline`.
-        change: What becomes of each weight, given its name and the weight in its dtype. Plain
-            files are mapped, not read, so that only what it returns takes memory. Not for GGUF.
+        change: What becomes of each weight, given its name and the weight in its dtype. Not for
+            GGUF.
+        finish: Called with each block and face adapter when its weights are there, under its name
+            such as "blocks.0". Not for GGUF.
 
     Returns:
         The network in evaluation mode on the CPU. Linear layers of a GGUF file stay packed and
@@ -58,12 +66,15 @@ def assemble(
         WeightsError: If a file is damaged, or a weight is missing or left over.
     """
     with quiet_libraries():
-        loaded = load_tensors(source, name, dtype)
-        tensors = {one_name(key): tensor for key, tensor in loaded.tensors.items()}
+        loaded = load_tensors(source, name)
+        loaded = replace(
+            loaded,
+            tensors={one_name(key): tensor for key, tensor in loaded.tensors.items()},
+        )
         if source.weight_files(name)[0].suffix == ".gguf":
-            network = _build_packed(source, tensors, dtype)
+            network = _build_packed(source, loaded.tensors, dtype)
         else:
-            network = _build(source, name, tensors, dtype, change or _leave)
+            network = _build(source, name, loaded, dtype, change or _leave, finish or _keep)
     if loaded.kernels:
         _check_kernels(source, network, loaded.kernels.values())
     return network.eval()
@@ -73,12 +84,17 @@ def _leave(_key: str, weight: Tensor) -> Tensor:
     return weight
 
 
+def _keep(_name: str, _module: nn.Module) -> None:
+    pass
+
+
 def _build(
     source: ModelSource,
     name: str,
-    tensors: dict[str, Tensor],
+    loaded: LoadedTensors,
     dtype: torch.dtype,
     change: Callable[[str, Tensor], Tensor],
+    finish: Callable[[str, nn.Module], None],
 ) -> nn.Module:
     kind = KINDS[name]
     empty = build_empty(source, name)
@@ -88,18 +104,43 @@ def _build(
         else:
             network = kind.network_class(empty.config)
     own_keys = list(network.state_dict())
-    state = {
-        key: change(key, tensors[one_name(key)].to(dtype_in_memory(name, key, dtype)))
-        for key in own_keys
-        if one_name(key) in tensors
-    }
-    for key in {one_name(key) for key in own_keys}:
-        tensors.pop(key, None)
-    _refuse_rest(source, name, [key for key in own_keys if key not in state], tensors)
-    network.load_state_dict(state, assign=True)
+    known = {one_name(key) for key in own_keys}
+    _refuse_rest(
+        source,
+        name,
+        [key for key in own_keys if one_name(key) not in loaded.tensors],
+        [key for key in loaded.tensors if key not in known],
+    )
+
+    def fill(module: nn.Module, prefix: str, keys: Sequence[str]) -> None:
+        state = {
+            key.removeprefix(prefix): change(
+                key, loaded.plain(one_name(key), dtype_in_memory(name, key, dtype))
+            )
+            for key in keys
+        }
+        for key in keys:
+            loaded.tensors.pop(one_name(key), None)  # one of two names may be gone already
+        module.load_state_dict(state, assign=True, strict=False)
+        module.requires_grad_(False)
+
+    units: dict[str, list[str]] = {}
+    for key in own_keys:
+        units.setdefault(_unit_of(key) if name == "transformer" else "", []).append(key)
+    fill(network, "", units.pop("", []))
+    for unit, keys in units.items():
+        module = network.get_submodule(unit)
+        fill(module, f"{unit}.", keys)
+        finish(unit, module)
     if hasattr(network, "tie_weights"):
         network.tie_weights()
     return cast("nn.Module", network)
+
+
+def _unit_of(key: str) -> str:
+    """The block or face adapter that a weight of the transformer is in, or nothing."""
+    list_name, _, rest = key.partition(".")
+    return f"{list_name}.{rest.partition('.')[0]}" if list_name in STREAMED else ""
 
 
 def _build_packed(source: ModelSource, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:

@@ -419,7 +419,7 @@ def analyze_attention(settings: AttentionSettings, on_event: OnEvent) -> Analysi
     dtype = weights.choose_dtype(resolved.dtype, device)
     checkpoint.check_checkpoint(source, [path for _, path in loras])
     geometry = estimates.read_geometry(source)
-    height, width = choose_size(resolved, media.picture_u8, source, geometry.size_multiple)
+    height, width = choose_size(resolved, media.picture_u8, source.defaults, geometry.size_multiple)
     output = settings.output or settings.default_output
     with ExitStack() as stack:
         size, face_size = (height, width), geometry.face_size

@@ -19,11 +19,13 @@ from everanimate_cli import downloads
 from everanimate_cli.errors import InputError, WeightsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
 from everanimate_cli.hub import (
+    DEFAULT_NAMES,
+    FAST_NAMES,
     RELEASED_LORAS,
     TOY_FOLDER,
     Asset,
     Download,
-    describe_absence,
+    UnreachableError,
     fetch,
     find_snapshot,
     lora_asset,
@@ -34,28 +36,22 @@ from everanimate_cli.hub_transfer import amount, check_space
 from everanimate_cli.model_folder import find_layout
 from everanimate_cli.model_table import DETECTORS, POSE_MODELS, ModelFile
 from everanimate_cli.records import split_hub_id
-from everanimate_cli.settings import DEFAULT_POSE_MODEL, HUB_MODEL, HUB_PRESET, TOY_MODEL
+from everanimate_cli.settings import HUB_MODEL, TOY_MODEL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 State = Literal["embedded", "folder", "complete", "partial", "absent"]
 Kind = Literal["model", "lora", "pose model", "detector"]
+Use = Literal["default", "fast"]
 
 KNOWN_NAMES = (
     TOY_MODEL,
     HUB_MODEL,
     *RELEASED_LORAS,
-    *(spec.source for spec in HUB_PRESET.fast_lora),
+    *FAST_NAMES,
     *(name for name, pose_model in POSE_MODELS.items() if pose_model.files),
     *(name for name, detector in DETECTORS.items() if detector.files),
-)
-# What `animate` needs for a raw video if no model is named.
-DEFAULT_NAMES = (
-    HUB_MODEL,
-    *(spec.source for spec in HUB_PRESET.lora),
-    DEFAULT_POSE_MODEL,
-    POSE_MODELS[DEFAULT_POSE_MODEL].detector,
 )
 
 _WAY_OUT = "or copy the cache of a machine that has it"
@@ -70,6 +66,7 @@ _STATES: dict[State, str] = {
     "partial": "partly in the cache",
     "absent": "not in the cache",
 }
+_USES: dict[Use, str] = {"default": "used by default", "fast": "used by animate --fast"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +92,13 @@ class CachedModel:
     size: str = ""
 
     @property
+    def use(self) -> Use | None:
+        """Which runs take it without being told."""
+        if self.name in DEFAULT_NAMES:
+            return "default"
+        return "fast" if self.name in FAST_NAMES else None
+
+    @property
     def is_whole(self) -> bool:
         """Whether it can be used as it is."""
         return self.state not in ("partial", "absent")
@@ -110,6 +114,10 @@ class CachedModel:
             parts.append(f"revision {self.revision}")
         return f"{self.kind} {self.name}: {', '.join(parts)}"
 
+    def describe_with_use(self) -> str:
+        """The same for a list of models of which not all are needed."""
+        return self.describe() + ("" if self.use is None else f", {_USES[self.use]}")
+
     def to_json(self) -> dict[str, Any]:
         """All about it."""
         return {
@@ -119,6 +127,7 @@ class CachedModel:
             "num_bytes": self.num_bytes,
             "revision": self.revision,
             "path": None if self.path is None else str(self.path),
+            "use": self.use,
         }
 
 
@@ -238,10 +247,10 @@ def asset_of(name: str) -> Asset:
             f"{RELEASED_LORAS[1]}, or a name that models list shows."
         )
     if not hub_id.path:
-        return replace(model_asset(name, option=""), way_out=_WAY_OUT)
+        return replace(model_asset(name, option=""), way_out=_WAY_OUT, command="")
     if not hub_id.path.endswith(".safetensors"):
         raise InputError(f"{name} is not a .safetensors file. Give the Hub id of a LoRA.")
-    return replace(lora_asset(name, option=""), way_out=_WAY_OUT)
+    return replace(lora_asset(name, option=""), way_out=_WAY_OUT, command="")
 
 
 def locate(name: str) -> Path:
@@ -285,17 +294,23 @@ def plan_pull(names: Sequence[str], *, without_transformer: bool) -> list[Downlo
     steps: list[Download | CachedModel] = []
     for name in names:
         if name == TOY_MODEL or _pose_files(name) or _is_folder(name):
-            steps.append(inspect_model(name))
+            here = inspect_model(name)
+            if hub_constants.HF_HUB_OFFLINE and not here.is_whole:
+                raise WeightsError(
+                    f"{name} is {_STATES[here.state]} ({_cache_of(here)}) and HF_HUB_OFFLINE is "
+                    f"set. Unset it to download it ({here.size}), {_WAY_OUT}."
+                )
+            steps.append(here)
             continue
         asset = asset_of(name)
         if without_transformer and not asset.hub_id.path:
             partly = model_asset(name, transformer=_ANOTHER_FILE, option="")
-            asset = replace(partly, way_out=_WAY_OUT)
+            asset = replace(partly, way_out=_WAY_OUT, command="")
         found = find_snapshot(asset)
-        if found is not None and found.is_whole:
-            steps.append(replace(inspect_model(name), state="complete"))
+        if found is None or not found.is_whole:
+            steps.append(plan_download(asset))
         else:
-            steps.append(plan_download(asset, describe_absence(asset, found)))
+            steps.append(replace(inspect_model(name), state="complete"))
     downloads = [step for step in steps if isinstance(step, Download)]
     label = " and ".join(download.asset.name for download in downloads)
     check_space(label, sum(download.num_bytes - download.num_arrived for download in downloads))
@@ -305,8 +320,7 @@ def plan_pull(names: Sequence[str], *, without_transformer: bool) -> list[Downlo
 def describe_step(step: Download | CachedModel) -> dict[str, Any]:
     """A step of `plan_pull` as JSON."""
     if isinstance(step, CachedModel):
-        folder = downloads.cache_folder()
-        missing = [file for file in _pose_files(step.name) if not (folder / file.name).is_file()]
+        missing = _missing_pose_files(step.name)
         num_bytes = sum(file.num_mb for file in missing) * 10**6
         return step.to_json() | {
             "num_bytes": step.num_bytes + num_bytes,
@@ -321,6 +335,63 @@ def describe_step(step: Download | CachedModel) -> dict[str, Any]:
         "missing_files": len(step.missing),
         "missing_bytes": step.num_bytes - step.num_arrived,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lack:
+    """What a run would have to download before it starts.
+
+    Attributes:
+        name: As on the command line of `animate`.
+        num_bytes: How much; None if unknown.
+        is_stated: Whether the Hub has said so, and not an estimate.
+    """
+
+    name: str
+    num_bytes: int | None
+    is_stated: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """As a plan shows it."""
+        known = "stated by the Hub" if self.is_stated else "estimated"
+        return {
+            "name": self.name,
+            "size_mb": None if self.num_bytes is None else round(self.num_bytes / 10**6, 1),
+            "size_is": "unknown" if self.num_bytes is None else known,
+        }
+
+
+def find_lacks(assets: Sequence[Asset], pose_models: Sequence[str]) -> list[Lack]:
+    """How much is to be downloaded; without a network what is known of it.
+
+    Args:
+        assets: That the cache has not.
+        pose_models: Names of pose models and detectors that may be in the cache; others are passed
+            over.
+
+    Raises:
+        WeightsError: If the Hub says that it does not have one.
+    """
+    lacks, is_reachable = [], True
+    for asset in assets:
+        num_bytes, is_stated = asset.known_bytes, False
+        if is_reachable:
+            try:
+                download = plan_download(asset)
+                num_bytes, is_stated = download.num_bytes - download.num_arrived, True
+            except UnreachableError:
+                is_reachable = False  # each further question may take the time limit
+        lacks.append(Lack(name=asset.name, num_bytes=num_bytes, is_stated=is_stated))
+    for name in pose_models:
+        num_bytes = sum(file.num_mb for file in _missing_pose_files(name)) * 10**6
+        if num_bytes:
+            lacks.append(Lack(name=name, num_bytes=num_bytes, is_stated=False))
+    return lacks
+
+
+def _missing_pose_files(name: str) -> list[ModelFile]:
+    folder = downloads.cache_folder()
+    return [file for file in _pose_files(name) if not (folder / file.name).is_file()]
 
 
 def pull(step: Download | CachedModel, on_event: OnEvent) -> CachedModel:
@@ -342,6 +413,15 @@ def pull(step: Download | CachedModel, on_event: OnEvent) -> CachedModel:
     fetch(step, on_event)
     found = inspect_model(step.asset.name)
     return replace(found, state="complete") if step.asset.without else found
+
+
+def describe_fast_lack() -> list[str]:
+    """What a user who has the default models should know of `--fast`; asks no network."""
+    missing = [model for model in map(inspect_model, FAST_NAMES) if not model.is_whole]
+    return [
+        f"animate --fast needs another LoRA ({model.size}): everanimate models pull --fast"
+        for model in missing[:1]
+    ]
 
 
 # --- verify --------------------------------------------------------------------------------------
@@ -376,7 +456,10 @@ def check_hashes(name: str, on_event: OnEvent) -> tuple[int, list[str]]:
     asset = asset_of(name)
     snapshot = find_snapshot(asset)
     assert snapshot is not None
-    problems = [] if found.is_whole else [f"{name} is only partly in the cache"]
+    problems = []
+    if not found.is_whole:
+        where = "" if snapshot.damage is None else f", where {snapshot.damage}"
+        problems = [f"only partly in the cache{where}. Run everanimate models pull {name}"]
     files = [(file, path) for file, path in _list_files(snapshot.folder) if asset.selects(file)]
     total = max(1, sum(path.stat().st_size for _, path in files) // 10**6)
     on_event(PhaseStarted(name=f"checking {name}", total=total, unit="MB"))
@@ -397,7 +480,7 @@ def check_hashes(name: str, on_event: OnEvent) -> tuple[int, list[str]]:
                 on_event(PhaseAdvanced(done=min(num_done // 10**6, total)))
 
         actual = _hash(path, is_git=not _SHA256.fullmatch(digest), advance=advance)
-        if actual != digest:
+        if actual != digest and (snapshot.damage or "").partition(" ")[0] != file:
             problems.append(
                 f"{file} is damaged: its hash is {actual[:12]}..., not {digest[:12]}.... "
                 f"Delete {path.resolve()} and run everanimate models pull {name}"

@@ -31,7 +31,7 @@ from everanimate_cli.cli_options import (
 )
 from everanimate_cli.cli_train import TRAIN_HELP, run_train_lora
 from everanimate_cli.errors import EverAnimateError, InputError
-from everanimate_cli.preflight import check_demo
+from everanimate_cli.preflight import check_demo, check_environment
 from everanimate_cli.runs import list_runs, remove_run
 from everanimate_cli.settings import DemoSettings
 
@@ -189,6 +189,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(words: Sequence[str]) -> int:
     """Run a command line and turn what a user can mend into a line."""
     try:
+        if not {"--help", "-h", "--version"}.intersection(words):
+            check_environment(os.environ)
         # Outside standalone mode typer returns the code of an Exit, None after a command, and
         # leaves usage errors to us.
         code = app(list(words), prog_name=PROGRAM, standalone_mode=False)

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from everanimate_cli.cli_options import PROGRAM, RUN, AsJson, Quiet, resumable
+from everanimate_cli.events import Note
 from everanimate_cli.settings import HUB_MODEL, TOY_MODEL
 
 MODELS_HELP = (
@@ -33,12 +34,14 @@ PULL_HELP = (
     "Download models into the cache, as far as they are missing there.\n\n"
     "Without NAME: all that animate takes by default, LoRA and pose model included. Only the files "
     "that are needed are taken, after a check that the disk has room for them. An interrupted "
-    "download goes on when the same command is run again. The paths go to stdout."
+    "download goes on when the same command is run again, and what is cut short comes again. The "
+    "paths go to stdout."
     f"""
 
 \b
 Examples:
   {PROGRAM} models pull
+  {PROGRAM} models pull --fast
   {PROGRAM} models pull --dry-run
   {PROGRAM} models pull {HUB_MODEL}@main
   {PROGRAM} models pull --no-transformer
@@ -89,12 +92,16 @@ def _list(names: _Names = None, as_json: AsJson = False) -> None:
         typer.echo(json.dumps([model.to_json() for model in models], ensure_ascii=False))
         return
     for model in models:
-        typer.echo(model.describe())
+        typer.echo(model.describe_with_use())
 
 
 @app.command("pull", help=PULL_HELP)
 def _pull(
     names: _Names = None,
+    fast: Annotated[
+        bool,
+        typer.Option("--fast", help="Also what animate --fast needs: the step-distilled LoRA."),
+    ] = False,
     no_transformer: Annotated[
         bool,
         typer.Option(
@@ -110,22 +117,34 @@ def _pull(
     quiet: Quiet = False,
 ) -> None:
     """Run `everanimate models pull`."""
-    from everanimate_cli.cached_models import DEFAULT_NAMES, describe_step, plan_pull, pull
+    from everanimate_cli.cached_models import (
+        describe_fast_lack,
+        describe_step,
+        plan_pull,
+        pull,
+    )
     from everanimate_cli.console import show_progress
+    from everanimate_cli.hub import DEFAULT_NAMES, FAST_NAMES
     from everanimate_cli.hub_transfer import amount
 
-    steps = plan_pull(names or DEFAULT_NAMES, without_transformer=no_transformer)
+    chosen = [*(names or DEFAULT_NAMES), *(FAST_NAMES if fast else ())]
+    steps = plan_pull(list(dict.fromkeys(chosen)), without_transformer=no_transformer)
     if dry_run:
         plan = [describe_step(step) for step in steps]
         if as_json:
             typer.echo(json.dumps(plan, ensure_ascii=False))
             return
         for step in plan:
-            missing = f"{step['missing_files']} files, {amount(step['missing_bytes'])}"
+            count = step["missing_files"]
+            files = "1 file" if count == 1 else f"{count} files"
+            missing = f"{files}, {amount(step['missing_bytes'])}"
             typer.echo(f"{step['name']}: {missing} missing of {amount(step['num_bytes'])}")
         return
     with resumable("again"), show_progress(quiet=quiet) as on_event:
         models = [pull(step, on_event) for step in steps]
+        if not names and not fast:
+            for line in describe_fast_lack():
+                on_event(Note(text=line))
     if as_json:
         typer.echo(json.dumps([model.to_json() for model in models], ensure_ascii=False))
         return

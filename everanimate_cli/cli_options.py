@@ -164,4 +164,9 @@ def _plan_line(name: str, value: object) -> str:
 
 
 def _join_parts(parts: Mapping[str, object]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {amount}" for name, amount in parts.items())
+    return ", ".join(_part(name, value) for name, value in parts.items() if value is not None)
+
+
+def _part(name: str, value: object) -> str:
+    words, unit = name.removesuffix("_mb").replace("_", " "), " MB" if "_mb" in name else ""
+    return f"{words} {value}{unit}"

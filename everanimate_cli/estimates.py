@@ -38,6 +38,7 @@ class Geometry:
         inner_dim: Channels of a token in the transformer.
         ffn_dim: Channels inside its feed-forward layers.
         num_layers: Blocks of the transformer.
+        num_heads: Of its attention.
         decoder_channels: Of the VAE at full resolution.
     """
 
@@ -46,6 +47,7 @@ class Geometry:
     inner_dim: int
     ffn_dim: int
     num_layers: int
+    num_heads: int
     decoder_channels: int
 
     def working_set_mib(
@@ -248,5 +250,6 @@ def geometry_of(transformer: Any, vae: Any) -> Geometry:
         inner_dim=int(transformer.num_attention_heads) * int(transformer.attention_head_dim),
         ffn_dim=int(transformer.ffn_dim),
         num_layers=int(transformer.num_layers),
+        num_heads=int(transformer.num_attention_heads),
         decoder_channels=int(vae.decoder_base_dim or vae.base_dim),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,11 +17,12 @@ from everanimate_cli.background import Background
 from everanimate_cli.chunks import ChunkPlan, driving_indices
 from everanimate_cli.encode import VideoWriter
 from everanimate_cli.errors import MediaError, RunError, SettingsError
+from everanimate_cli.estimates import geometry_of
 from everanimate_cli.events import ChunkDone, ChunkStarted, OnEvent, StepDone
 from everanimate_cli.images import atomic_path, write_png
 from everanimate_cli.inputs import Inputs
 from everanimate_cli.joining import AudioOutcome, join_videos
-from everanimate_cli.pipeline import AnimatePipeline, peak_memory_mib
+from everanimate_cli.pipeline import peak_memory_mib
 from everanimate_cli.resume import load_chunk, save_chunk
 from everanimate_cli.rollout import Chunk, Rollout, Sampled, Step
 from everanimate_cli.runs import Pictures, RunFolder
@@ -53,6 +54,32 @@ class Work:
     def __bool__(self) -> bool:
         """Whether the networks are needed."""
         return bool(self.to_encode) or self.num_finished < self.num_chunks
+
+
+class _PosesBeside:
+    """Pose pictures of chunks, kept from when they drive one until they stand beside it.
+
+    Read again, they would have to be decoded a second time, after the reader has gone on.
+    """
+
+    def __init__(self, rollout: Rollout) -> None:
+        """Keep none yet.
+
+        Args:
+            rollout: That reads them.
+        """
+        self._read_driving = rollout.read_driving
+        self._kept: dict[int, Frames] = {}
+
+    def read(self, chunk_index: int) -> tuple[Frames, Frames]:
+        """What drives a chunk, see `Rollout.read_driving`."""
+        pose_u8, face_u8 = self._read_driving(chunk_index)
+        self._kept[chunk_index] = pose_u8
+        return pose_u8, face_u8
+
+    def take(self, chunk_index: int) -> Frames | None:
+        """Pose pictures [F, H, W, 3] of a chunk, once; None if it was not read."""
+        return self._kept.pop(chunk_index, None)
 
 
 def plan_work(run: RunFolder, plan: ChunkPlan, settings: ResolvedSettings) -> Work:
@@ -167,12 +194,16 @@ def generate(
 
     announce(work.num_finished)
     started_s = time.monotonic()
+    poses = _PosesBeside(rollout)
+    if settings.pose_beside:
+        rollout = replace(rollout, read_driving=poses.read)
 
     def finish(made: Sampled | Chunk) -> tuple[int, float]:
         """(the chunk, seconds it took) once it is on disk."""
         begun_s = time.monotonic()
         chunk = made if isinstance(made, Chunk) else rollout.finish(made, beside=True)
-        write_segment(run, chunk.chunk_index, chunk.frames_u8, plan, settings, inputs)
+        pose_u8 = poses.take(chunk.chunk_index)
+        write_segment(run, chunk.chunk_index, chunk.frames_u8, plan, settings, inputs, pose_u8)
         save_chunk(run, chunk)
         return chunk.chunk_index, time.monotonic() - begun_s
 
@@ -196,7 +227,7 @@ def generate(
     pipeline = rollout.pipeline
     concurrent = settings.concurrent and acceleration.has_core_to_spare(pipeline.device)
     chunks: Generator[Step | Sampled | Chunk] = (
-        rollout.run_ahead(state, can_defer=partial(_can_decode_beside, pipeline))
+        rollout.run_ahead(state, can_defer=partial(_can_decode_beside, rollout))
         if concurrent
         else rollout.run(state)
     )
@@ -221,9 +252,23 @@ def generate(
     return facts
 
 
-def _can_decode_beside(pipeline: AnimatePipeline) -> bool:
-    """Whether a chunk can be decoded while the next one is sampled."""
-    return pipeline.may_overlap and acceleration.has_room_beside(pipeline.device)
+def _can_decode_beside(rollout: Rollout) -> bool:
+    """Whether a chunk can be decoded while the next one is encoded and sampled."""
+    pipeline = rollout.pipeline
+    if not pipeline.may_overlap:
+        return False
+    geometry = geometry_of(pipeline.transformer.config, pipeline.vae.config)
+    height, width = rollout.reference_u8.shape[:2]
+    num_frames = rollout.frames_per_chunk
+    sampling_mib = max(
+        geometry.step_mib(
+            height, width, num_frames, rollout.num_identity_slots, pipeline.transformer.dtype
+        ),
+        geometry.encode_mib(height, width, num_frames),
+    )
+    tiled = pipeline.tile_decoding
+    decoding_mib = geometry.decode_mib(height, width, num_frames, tiled=tiled)
+    return acceleration.has_room_beside(pipeline.device, sampling_mib + decoding_mib)
 
 
 def write_segment(
@@ -233,8 +278,19 @@ def write_segment(
     plan: ChunkPlan,
     settings: ResolvedSettings,
     inputs: Inputs,
+    pose_u8: Frames | None = None,
 ) -> None:
-    """Encode the kept frames of a chunk into the run folder, and as PNG where asked for."""
+    """Encode the kept frames of a chunk into the run folder, and as PNG where asked for.
+
+    Args:
+        run: Where they go.
+        chunk_index: Of the chunk.
+        frames_u8: [F, H, W, 3] all of its frames.
+        plan: The cut of the video.
+        settings: Of the run.
+        inputs: Of the run.
+        pose_u8: [F, H, W, 3] its pose pictures; None reads them if they are to stand beside.
+    """
     kept = plan.kept_frames(chunk_index)
     frames_u8 = frames_u8[kept.start : kept.stop]
     height, width = frames_u8.shape[1:3]
@@ -244,8 +300,10 @@ def write_segment(
         for path, frame_u8 in zip(paths, frames_u8, strict=True):
             write_png(path, frame_u8)
     if settings.pose_beside:
-        indices = driving_indices(plan, chunk_index, len(inputs.pose), settings.extend)
-        pose_u8 = inputs.pose.read(indices[kept.start : kept.stop])
+        if pose_u8 is None:
+            indices = driving_indices(plan, chunk_index, len(inputs.pose), settings.extend)
+            pose_u8 = inputs.pose.read(indices)
+        pose_u8 = pose_u8[kept.start : kept.stop]
         frames_u8 = np.concatenate([frames_u8, pose_u8], axis=2)
     path = run.segment_path(chunk_index, kept)
     with segment_writer(path, height, width, settings) as writer:

@@ -9,10 +9,11 @@ import errno
 import glob
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from shlex import quote
+from typing import TYPE_CHECKING, NamedTuple
 
 import huggingface_hub
 from huggingface_hub import constants as hub_constants
@@ -29,6 +30,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from everanimate_cli.errors import SettingsError, WeightsError
 from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.hub_transfer import (
+    ADDRESS_ERROR,
     HTTP_ERROR,
     DamagedError,
     Meter,
@@ -37,6 +39,7 @@ from everanimate_cli.hub_transfer import (
     check_space,
     count_arrived,
     fetch_files,
+    keep_reference,
     quiet_hub,
     storage_folder,
 )
@@ -47,9 +50,17 @@ from everanimate_cli.model_folder import (
     ModelSource,
     left_out,
 )
-from everanimate_cli.preflight import check_lora, check_model
+from everanimate_cli.model_table import POSE_MODELS
+from everanimate_cli.preflight import check_lora, check_model, find_address_problem
 from everanimate_cli.records import HubId, LoraSpec, split_hub_id
-from everanimate_cli.settings import HUB_MODEL, TOY_MODEL, read_model_defaults
+from everanimate_cli.safetensors_header import WrongSizeError, read_tensor_entries
+from everanimate_cli.settings import (
+    DEFAULT_POSE_MODEL,
+    HUB_MODEL,
+    HUB_PRESET,
+    TOY_MODEL,
+    read_model_defaults,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -66,12 +77,54 @@ TOY_FOLDER = Path(__file__).parent / "toy_model"
 HUB_REVISIONS = {HUB_MODEL: "main", "epfl-vita/everanimate": "main"}
 # The released base as diffusers' conversion script writes it: 17.275 B parameters of the
 # transformer in float32, text and image encoder in bfloat16, VAE in float32.
-_HUB_MODEL_GB = 82
+_HUB_MODEL_BYTES = {
+    "transformer": 69_100_000_000,
+    "vae": 508_000_000,
+    "text_encoder": 11_370_000_000,
+    "image_encoder": 1_262_000_000,
+}
 RELEASED_LORAS = tuple(
     f"epfl-vita/everanimate/ckpts/everanimate-v1-lora32/{stage}.safetensors"
     for stage in ("stage1_480p", "stage2_480p", "stage3_720p_beta")
 )
+# What `animate` needs for a raw video if no model is named, and what `--fast` needs besides.
+DEFAULT_NAMES = (
+    HUB_MODEL,
+    *(spec.source for spec in HUB_PRESET.lora),
+    DEFAULT_POSE_MODEL,
+    POSE_MODELS[DEFAULT_POSE_MODEL].detector,
+)
+FAST_NAMES = tuple(spec.source for spec in HUB_PRESET.fast_lora)
 
+
+class KnownLora(NamedTuple):
+    """What is known of a published LoRA on the released base without its file.
+
+    Attributes:
+        rank: Of its matrices, which are bfloat16.
+        has_image_layers: Whether it changes the keys and values of CLIP's tokens too, beside the
+            400 layers that EverAnimate's training adapts.
+    """
+
+    rank: int
+    has_image_layers: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """About what the file takes."""
+        num_sides = 40 * (8 * 2 * 5120 + 2 * (5120 + 13824))
+        if self.has_image_layers:
+            num_sides += 40 * 2 * 2 * 5120
+        return 2 * self.rank * num_sides
+
+
+# By repository and path; ranks as the names state them.
+_KNOWN_LORAS = {
+    **dict.fromkeys(RELEASED_LORAS, KnownLora(rank=32, has_image_layers=False)),
+    **{name.partition("@")[0]: KnownLora(rank=64, has_image_layers=True) for name in FAST_NAMES},
+}
+
+_GB = 10**9
 _HUB_TIMEOUT_S = 10.0
 _NO_ACCESS = (401, 403, 404)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -91,7 +144,8 @@ class Asset:
         is_whole: Whether a folder holds all that is needed.
         refuse: Refuses a repository that lacks them, given the names of its files.
         way_out: What helps where they cannot be had.
-        size: About how much it is, for a reader; empty if unknown.
+        command: That downloads them beforehand; empty where it is that very command.
+        known_bytes: About how much it is; None if unknown.
     """
 
     name: str
@@ -102,7 +156,17 @@ class Asset:
     is_whole: Callable[[Path], bool]
     refuse: Callable[[Sequence[str]], None]
     way_out: str
-    size: str = ""
+    command: str = ""
+    known_bytes: int | None = None
+
+    @property
+    def size(self) -> str:
+        """About how much it is, for a reader; empty if unknown."""
+        if self.known_bytes is None:
+            return ""
+        if self.known_bytes >= _GB:
+            return f"about {self.known_bytes / _GB:.0f} GB"
+        return f"about {self.known_bytes / 10**6:.0f} MB"
 
     @property
     def revision(self) -> str:
@@ -123,10 +187,13 @@ class Snapshot:
     Attributes:
         folder: With the files, which are links in most caches.
         is_whole: Whether all is there.
+        damage: What is wrong with the first weight file that is cut short, as a clause; None if
+            there is none.
     """
 
     folder: Path
     is_whole: bool
+    damage: str | None = None
 
     @property
     def commit(self) -> str:
@@ -158,6 +225,23 @@ class Download:
         return sum(file.num_bytes for file in self.missing)
 
 
+class AbsentError(WeightsError):
+    """Files are not in the local cache, and were not to be downloaded.
+
+    Attributes:
+        asset: They.
+    """
+
+    def __init__(self, asset: Asset, message: str) -> None:
+        """Keep what is missing."""
+        super().__init__(message)
+        self.asset = asset
+
+
+class UnreachableError(WeightsError):
+    """The Hub gives no answer, so that it is not known whether it has what is wanted."""
+
+
 # --- models --------------------------------------------------------------------------------------
 
 
@@ -186,6 +270,7 @@ def locate_model(
 
     Raises:
         SettingsError: If the name fits nothing.
+        AbsentError: If it would have to be downloaded and may not.
         WeightsError: If the checkpoint is nowhere to be had, the disk has no room for it, or it
             says nothing usable of itself.
         OSError: If the disk is full.
@@ -248,7 +333,12 @@ def model_asset(
             )
 
     hub_id = _hub_id(label, model)
-    is_released, is_all = hub_id.repository == HUB_MODEL, set(networks) == set(NETWORKS)
+    command, known_bytes = "", None
+    if set(networks) == set(NETWORKS):
+        command = pull_command([model], without_transformer=transformer is not None)
+    if hub_id.repository == HUB_MODEL:
+        needed = [name for name in networks if name != "transformer" or transformer is None]
+        known_bytes = sum(_HUB_MODEL_BYTES[name] for name in needed)
     return Asset(
         name=model,
         label=label,
@@ -258,8 +348,27 @@ def model_asset(
         is_whole=is_whole,
         refuse=refuse,
         way_out="give a checkpoint folder, or use --model toy, which works offline",
-        size=f"about {_HUB_MODEL_GB} GB" if is_released and is_all else "",
+        command=command,
+        known_bytes=known_bytes,
     )
+
+
+def pull_command(names: Sequence[str], *, without_transformer: bool = False) -> str:
+    """The command that downloads models, as short as it can be written.
+
+    Args:
+        names: As the options of `animate` take them; those that it takes by itself need not be
+            named.
+        without_transformer: Whether a file from elsewhere takes the place of the transformer.
+    """
+    words = ["everanimate", "models", "pull"]
+    if without_transformer:
+        words.append("--no-transformer")
+    if not {*DEFAULT_NAMES, *FAST_NAMES}.issuperset(names):
+        words += [quote(name) for name in names]
+    elif not set(DEFAULT_NAMES).issuperset(names):
+        words.append("--fast")
+    return " ".join(words)
 
 
 # --- LoRAs ---------------------------------------------------------------------------------------
@@ -286,6 +395,7 @@ def locate_lora(
 
     Raises:
         InputError: If the file does not exist.
+        AbsentError: If it would have to be downloaded and may not.
         WeightsError: If it is nowhere to be had, or the disk has no room for it; lists the
             repository's files if it names none.
         OSError: If the disk is full.
@@ -326,6 +436,7 @@ def lora_asset(source: str, option: str = "--lora") -> Asset:
             raise WeightsError(f"{label} has no {missing[0]} beside it. Give another LoRA.")
 
     way_out = "give a .safetensors file, or use --model toy, which works offline"
+    known = known_lora(source)
     if not hub_id.path:
         way_out = f"or give {hub_id.repository}/PATH/TO/FILE.safetensors"
     return Asset(
@@ -338,7 +449,15 @@ def lora_asset(source: str, option: str = "--lora") -> Asset:
         ),
         refuse=refuse,
         way_out=way_out,
+        command=pull_command([source]) if hub_id.path else "",
+        known_bytes=None if known is None else known.num_bytes,
     )
+
+
+def known_lora(source: str) -> KnownLora | None:
+    """What is known of a LoRA that is not on this machine; None if nothing is."""
+    hub_id = split_hub_id(source)
+    return None if hub_id is None else _KNOWN_LORAS.get(f"{hub_id.repository}/{hub_id.path}")
 
 
 def _hub_id(label: str, text: str) -> HubId:
@@ -348,6 +467,10 @@ def _hub_id(label: str, text: str) -> HubId:
         validate_repo_id(hub_id.repository)
     except HFValidationError as error:
         raise SettingsError(f"{label} is not a valid name of a Hub repository.") from error
+    if PurePosixPath(hub_id.revision or "").is_absolute():  # becomes a path in the cache
+        raise SettingsError(
+            f"{label} has no valid revision. Give a branch, a tag or a commit after '@'."
+        )
     return hub_id
 
 
@@ -366,7 +489,8 @@ def find_snapshot(asset: Asset) -> Snapshot | None:
     folder = storage / "snapshots" / commit
     if not _COMMIT.fullmatch(commit) or not folder.is_dir():
         return None
-    is_whole = asset.is_whole(folder)
+    damage = _find_damage(asset, folder)
+    is_whole = damage is None and asset.is_whole(folder)
     if is_whole:
         try:
             # Newer versions of the cache remember which files belong to a snapshot.
@@ -380,7 +504,21 @@ def find_snapshot(asset: Asset) -> Snapshot | None:
                 )
         except LocalEntryNotFoundError:
             is_whole = False
-    return Snapshot(folder=folder, is_whole=is_whole)
+    return Snapshot(folder=folder, is_whole=is_whole, damage=damage)
+
+
+def _find_damage(asset: Asset, folder: Path) -> str | None:
+    """What `Snapshot.damage` tells; only headers and sizes are looked at."""
+    for path in sorted(folder.rglob("*.safetensors")):
+        name = path.relative_to(folder).as_posix()
+        if asset.selects(name) and path.is_file():
+            try:
+                read_tensor_entries(path)
+            except WrongSizeError:
+                return f"{name} is cut short"
+            except WeightsError:  # whole, and refused where it is used
+                continue
+    return None
 
 
 def _provide(asset: Asset, on_event: OnEvent, download: bool) -> Path:
@@ -388,13 +526,14 @@ def _provide(asset: Asset, on_event: OnEvent, download: bool) -> Path:
     found = find_snapshot(asset)
     if found is not None and found.is_whole:
         return found.folder
-    problem = describe_absence(asset, found)
     if not download:
-        raise WeightsError(
-            f"{asset.label} {problem}, and --dry-run downloads nothing. "
-            f"Run it without, {asset.way_out}."
+        problem = describe_absence(asset, found)
+        remedy = f"Run {asset.command} first" if asset.command else "Run it without"
+        raise AbsentError(
+            asset,
+            f"{asset.label} {problem}, and --dry-run downloads nothing. {remedy}, {asset.way_out}.",
         )
-    return fetch(plan_download(asset, problem), on_event)
+    return fetch(plan_download(asset), on_event)
 
 
 def describe_absence(asset: Asset, found: Snapshot | None) -> str:
@@ -402,23 +541,42 @@ def describe_absence(asset: Asset, found: Snapshot | None) -> str:
     if not any(asset.patterns):
         return "names no file"
     state = "is only partly" if found is not None else "is not"
-    return f"{state} in the cache ({hub_constants.HF_HUB_CACHE})"
+    damage = "" if found is None or found.damage is None else f", where {found.damage},"
+    return f"{state} in the cache ({hub_constants.HF_HUB_CACHE}){damage}"
 
 
 # --- download ------------------------------------------------------------------------------------
 
 
-def plan_download(asset: Asset, problem: str | None = None) -> Download:
+def plan_download(asset: Asset) -> Download:
     """Ask the Hub what an asset consists of, and see what the cache lacks.
 
-    Args:
-        asset: What is wanted.
-        problem: Why; None to find out.
+    What is there in part is completed as it was, wherever its branch has gone since.
 
     Raises:
+        UnreachableError: If the Hub gives no answer.
         WeightsError: If the Hub cannot be asked or does not have it.
     """
-    info = _ask_hub(asset, problem or describe_absence(asset, find_snapshot(asset)))
+    found = find_snapshot(asset)
+    problem = describe_absence(asset, found)
+    begun = found is not None and any(
+        asset.selects(path.relative_to(found.folder).as_posix())
+        for path in found.folder.rglob("*")
+        if path.is_file()
+    )
+    if begun and found is not None:
+        pinned = replace(asset, hub_id=asset.hub_id._replace(revision=found.commit))
+        try:
+            return _plan_from(pinned, _ask_hub(pinned, problem))
+        except WeightsError as error:
+            # Its publisher may have rewritten the history.
+            if not isinstance(error.__cause__, RevisionNotFoundError):
+                raise
+    return _plan_from(asset, _ask_hub(asset, problem))
+
+
+def _plan_from(asset: Asset, info: ModelInfo) -> Download:
+    """What is to be downloaded of an asset as the Hub describes it."""
     commit = str(info.sha)
     try:
         described = [_describe_file(file) for file in info.siblings or ()]
@@ -429,7 +587,7 @@ def plan_download(asset: Asset, problem: str | None = None) -> Download:
     asset.refuse([file.name for file in described])
     files = tuple(file for file in described if asset.selects(file.name))
     snapshot = storage_folder(asset.hub_id.repository) / "snapshots" / commit
-    missing = tuple(file for file in files if not (snapshot / file.name).exists())
+    missing = tuple(file for file in files if not _is_whole_file(snapshot / file.name, file))
     repository = asset.hub_id.repository
     return Download(
         asset=asset,
@@ -438,6 +596,11 @@ def plan_download(asset: Asset, problem: str | None = None) -> Download:
         missing=missing,
         num_arrived=sum(count_arrived(repository, file) for file in missing),
     )
+
+
+def _is_whole_file(path: Path, file: RemoteFile) -> bool:
+    """Whether a file is in the cache, of the size that the Hub states where it states one."""
+    return path.exists() and file.num_bytes in (0, path.stat().st_size)
 
 
 def _describe_file(file: RepoSibling) -> RemoteFile:
@@ -462,6 +625,8 @@ def _describe_file(file: RepoSibling) -> RemoteFile:
 
 def fetch(download: Download, on_event: OnEvent) -> Path:
     """Download what is missing of an asset.
+
+    All files are of the commit that was planned with, wherever the branch has gone since.
 
     Args:
         download: From `plan_download`.
@@ -492,16 +657,19 @@ def fetch(download: Download, on_event: OnEvent) -> Path:
                 and file.num_bytes <= hub_constants.MAX_HTTP_DOWNLOAD_SIZE
             ]
             blobs = storage_folder(repository) / "blobs"
+            for file in download.missing:
+                _discard(storage_folder(repository), f"snapshots/{download.commit}/{file.name}")
             absent = [file for file in large if not (blobs / str(file.sha256)).exists()]
             fetch_files(repository, download.commit, absent, meter, on_event)
             # Puts what has come to its place, and brings the small files.
             folder = huggingface_hub.snapshot_download(
                 repository,
-                revision=asset.revision,
+                revision=download.commit,
                 allow_patterns=list(asset.patterns),
                 ignore_patterns=list(asset.without),
                 tqdm_class=meter.bar_class(),
             )
+            keep_reference(repository, asset.revision, download.commit)
     except HfHubHTTPError as error:  # a gated repository tells its files, but gives none
         raise _refusal(asset, error) from error
     # hf_xet, which moves files whose sha256 is not stated, reports all trouble as RuntimeError;
@@ -510,18 +678,23 @@ def fetch(download: Download, on_event: OnEvent) -> Path:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
         if isinstance(error, OSError) and error.filename is not None:
-            raise WeightsError(
-                f"{asset.label} cannot be kept in the cache ({hub_constants.HF_HUB_CACHE}): "
-                f"{error.strerror}, {error.filename}. Make it writable, or name another folder in "
-                "HF_HOME."
-            ) from error
-        reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+            raise _unusable_cache(asset, error) from error
         raise WeightsError(
-            f"{asset.label}: the download broke off ({reason}). "
+            f"{asset.label}: the download broke off ({_one_line(error)}). "
             "Run the same command again to go on; what has arrived is kept."
         ) from error
     meter.finish()
     return Path(folder)
+
+
+def _discard(storage: Path, name: str) -> None:
+    """Delete a file of another size than is stated, and what it links to within the cache."""
+    path = storage / name
+    if path.exists():
+        content = path.resolve()
+        path.unlink()
+        if content.is_relative_to(storage.resolve()):  # links elsewhere are the user's own
+            content.unlink(missing_ok=True)
 
 
 def _ask_hub(asset: Asset, problem: str) -> ModelInfo:
@@ -536,6 +709,9 @@ def _ask_hub(asset: Asset, problem: str) -> ModelInfo:
     """
     size = f" ({asset.size})" if asset.size else ""
     purpose = f"to download it{size}" if any(asset.patterns) else "to see its files"
+    if asset.command:
+        purpose = f"and run {asset.command}{size}"
+    _check_endpoint(asset)
     try:
         with quiet_hub():
             return huggingface_hub.HfApi().model_info(
@@ -545,19 +721,23 @@ def _ask_hub(asset: Asset, problem: str) -> ModelInfo:
                 timeout=_HUB_TIMEOUT_S,
             )
     except OfflineModeIsEnabled as error:
-        raise WeightsError(
+        raise UnreachableError(
             f"{asset.label} {problem} and HF_HUB_OFFLINE is set. Unset it {purpose}, "
             f"{asset.way_out}."
         ) from error
     except HfHubHTTPError as error:
         raise _refusal(asset, error) from error
     except (HTTP_ERROR, OSError) as error:
-        remedy = "Connect to the network"
-        if "://" not in hub_constants.ENDPOINT:
-            remedy = "Write https:// before it in HF_ENDPOINT"
-        raise WeightsError(
+        if isinstance(error, OSError) and error.filename is not None:  # of the token, in HF_HOME
+            raise _unusable_cache(asset, error) from error
+        raise UnreachableError(
             f"{asset.label} {problem} and {hub_constants.ENDPOINT} cannot be reached. "
-            f"{remedy} {purpose}, {asset.way_out}."
+            f"Connect to the network {purpose}, {asset.way_out}."
+        ) from error
+    except ADDRESS_ERROR as error:  # the Hub's own address has been looked at before
+        raise WeightsError(
+            f"{asset.label} {problem}, and a proxy of the environment has no valid address: "
+            f"{_one_line(error)}. Check HTTPS_PROXY, HTTP_PROXY and ALL_PROXY."
         ) from error
     except UnicodeEncodeError as error:
         raise WeightsError(
@@ -565,17 +745,36 @@ def _ask_hub(asset: Asset, problem: str) -> ModelInfo:
             "another HF_TOKEN, or log in with 'hf auth login'."
         ) from error
     except ImportError as error:  # the proxy in the environment is of another kind than HTTP
-        reason = str(error).partition("\n")[0]
         raise WeightsError(
-            f"{asset.label} {problem}, and nothing can be asked: {reason}"
+            f"{asset.label} {problem}, and nothing can be asked: {_one_line(error)}."
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _no_hub(asset) from error
 
 
-def _no_hub(asset: Asset) -> WeightsError:
-    """What answers is something else, such as the page where a hotel asks for a login."""
+def _unusable_cache(asset: Asset, error: OSError) -> WeightsError:
     return WeightsError(
+        f"{asset.label} cannot be kept in the cache ({hub_constants.HF_HUB_CACHE}): "
+        f"{error.strerror}, {error.filename}. Make it writable, or name another folder in HF_HOME."
+    )
+
+
+def _check_endpoint(asset: Asset) -> None:
+    """Refuse an address that no Hub can have."""
+    problem = find_address_problem(hub_constants.ENDPOINT)
+    if problem is not None:
+        raise WeightsError(
+            f"{asset.label} cannot be downloaded: HF_ENDPOINT {hub_constants.ENDPOINT} {problem}."
+        )
+
+
+def _one_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
+
+
+def _no_hub(asset: Asset) -> UnreachableError:
+    """What answers is something else, such as the page where a hotel asks for a login."""
+    return UnreachableError(
         f"{asset.label} cannot be downloaded: {hub_constants.ENDPOINT} does not answer as the Hub "
         "does. Check HF_ENDPOINT, and in a browser whether the network asks for a login."
     )
@@ -600,7 +799,7 @@ def _refusal(asset: Asset, error: HfHubHTTPError) -> WeightsError:
             f"{asset.label} is not on {endpoint}, or is private. "
             "Check the name, or log in with 'hf auth login'."
         )
-    return WeightsError(
+    return UnreachableError(
         f"{asset.label} cannot be downloaded: {endpoint} answered {error.response.status_code}. "
         "Try again later."
     )

@@ -8,11 +8,12 @@ brought to where its cache keeps them; huggingface_hub then finds them there.
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import shutil
 import threading
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -40,6 +41,10 @@ _LOCK_WAIT_S = 0.5
 _TIMEOUT_S = 10.0  # of asking where a file is
 # What huggingface_hub lets through from its HTTP library: httpx, from version 2 on httpx2.
 HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
+# Of the same library, for addresses that cannot be taken apart; it is of another kind.
+ADDRESS_ERROR = cast(
+    "type[Exception]", importlib.import_module(HTTP_ERROR.__module__.partition(".")[0]).InvalidURL
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +75,26 @@ def part_path(repository: str, sha256: str) -> Path:
     return storage_folder(repository) / "blobs" / f"{sha256}.everanimate.part"
 
 
+def keep_reference(repository: str, revision: str, commit: str) -> None:
+    """Note in the cache which commit a branch or tag means, as huggingface_hub does.
+
+    A shared cache may be read-only; then the Hub is asked every time.
+
+    Args:
+        repository: `owner/name`.
+        revision: Branch, tag or commit.
+        commit: Of which all files are there.
+    """
+    if revision == commit:
+        return
+    path = storage_folder(repository) / "refs" / revision
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(commit, encoding="utf-8")
+        temporary.replace(path)
+
+
 def count_arrived(repository: str, file: RemoteFile) -> int:
     """Bytes of a file that an earlier download has left."""
     if file.sha256 is None:
@@ -84,14 +109,19 @@ def check_space(label: str, num_bytes: int) -> None:
     Raises:
         WeightsError: With what is needed and what is there.
     """
-    cache = Path(hub_constants.HF_HUB_CACHE).expanduser()
-    folder = next(path for path in (cache, *cache.absolute().parents) if path.exists())
-    free = shutil.disk_usage(folder).free
+    cache, free = Path(hub_constants.HF_HUB_CACHE).expanduser(), free_bytes()
     if free < num_bytes:
         raise WeightsError(
             f"{label} takes {amount(num_bytes)} more, but {cache} has {amount(free)} free. Free "
             "some space, or set HF_HOME to a folder on a larger disk."
         )
+
+
+def free_bytes() -> int:
+    """Room for the cache on its disk."""
+    cache = Path(hub_constants.HF_HUB_CACHE).expanduser()
+    folder = next(path for path in (cache, *cache.absolute().parents) if path.exists())
+    return shutil.disk_usage(folder).free
 
 
 def amount(num_bytes: float) -> str:

@@ -30,6 +30,7 @@ from everanimate_cli.rollout import Rollout
 from everanimate_cli.settings import (
     AnimateSettings,
     ExtractSettings,
+    ModelDefaults,
     ResolvedSettings,
 )
 from everanimate_cli.video import VideoReader, as_rate
@@ -90,13 +91,13 @@ class Inputs:
 def choose_size(
     settings: ResolvedSettings,
     picture_u8: Frames,
-    source: ModelSource,
+    defaults: ModelDefaults,
     multiple: int,
 ) -> tuple[int, int]:
     """(height, width) of the video."""
     asked = settings.height_width
     if asked is None:
-        area = source.defaults.width * source.defaults.height
+        area = defaults.width * defaults.height
         return fit_size(picture_u8.shape[0], picture_u8.shape[1], area, multiple)
     height, width = asked
     if height % multiple or width % multiple:

@@ -7,7 +7,6 @@ import warnings
 from typing import TYPE_CHECKING
 
 import torch
-from diffusers.hooks import apply_layerwise_casting
 from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save
 from torch import distributed, nn
@@ -34,24 +33,7 @@ if TYPE_CHECKING:
     from everanimate_cli.train_settings import LoraNaming
     from everanimate_cli.transformer import EverAnimateTransformer3DModel
 
-FP8_DTYPE = torch.float8_e4m3fn  # in which `store_blocks_as_fp8` keeps weights
 _ADAPTER = "default"
-
-
-def store_blocks_as_fp8(network: EverAnimateTransformer3DModel) -> None:
-    """Keep the blocks' linear layers in 8 bits; each computes in the network's own dtype.
-
-    Half the memory of bfloat16, a quarter of float32. Norms and tables stay as they are. To be
-    called before adapters are attached, which are not stored so.
-
-    Source: diffusers' layerwise casting.
-    """
-    apply_layerwise_casting(
-        network.blocks,
-        storage_dtype=FP8_DTYPE,
-        compute_dtype=network.dtype,
-        skip_modules_pattern=tuple(network._skip_layerwise_casting_patterns),
-    )
 
 
 def attach_lora(network: nn.Module, *, rank: int, alpha: float, seed: int) -> None:

@@ -15,10 +15,10 @@ from torch.nn.functional import linear
 
 from everanimate_cli.errors import SettingsError, WeightsError
 from everanimate_cli.lora import LoraFiles, plan_loras
-from everanimate_cli.safetensors_header import read_tensor_entries
+from everanimate_cli.safetensors_header import read_tensor_entries, read_tensor_shapes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Container, Mapping, Sequence
     from pathlib import Path
 
     from everanimate_cli.lora import LoraShare, Shapes
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # What is stored in fewer bits lies there; elsewhere weights are plain and LoRAs are fused.
 _PACKED_IN = "blocks."
+_LINEAR_AXES = 2
 
 
 def choose_lora_mode(mode: LoraMode, source: ModelSource) -> Literal["fused", "separate"]:
@@ -109,6 +110,53 @@ class UpdatedLinear(nn.Module):
         return outputs + update.to(outputs.dtype)
 
 
+def list_ranks(
+    loras: Sequence[tuple[Path, float]], network_shapes: Shapes, packed: Container[str] = ()
+) -> dict[str, int]:
+    """Ranks of the updates that `attach_loras` computes beside layers, without loading any.
+
+    Args:
+        loras: As in `fuse_loras`.
+        network_shapes: Shape by parameter name as if nothing were packed.
+        packed: Parameters that are.
+
+    Returns:
+        Rank of all LoRAs together, by parameter of the network.
+
+    Raises:
+        WeightsError: As `plan_lora`.
+    """
+    shapes = [read_tensor_shapes(path) for path, _ in loras]
+    ranks: dict[str, int] = {}
+    for name, shares in plan_loras(loras, network_shapes).items():
+        is_linear = name.endswith(".weight") and len(network_shapes[name]) == _LINEAR_AXES
+        if is_linear and (name.startswith(_PACKED_IN) or name in packed):
+            rank = sum(
+                shapes[share.lora][share.update.keys[0]][0]
+                for share in shares
+                if len(share.update.keys) > 1
+            )
+            if rank:
+                ranks[name] = rank
+    return ranks
+
+
+def update_shapes(ranks: Mapping[str, int], network_shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Shapes of the matrices that `attach_loras` puts beside layers, by parameter name.
+
+    Args:
+        ranks: Of the updates by parameter of the network, from `list_ranks`.
+        network_shapes: As there.
+    """
+    result: dict[str, tuple[int, ...]] = {}
+    for name, rank in ranks.items():
+        num_out, num_in = network_shapes[name]
+        module = name.removesuffix(".weight")
+        result[f"{module}.update.down"] = (rank, num_in)
+        result[f"{module}.update.up"] = (num_out, rank)
+    return result
+
+
 def attach_loras(
     network: nn.Module,
     loras: Sequence[tuple[Path, float]],
@@ -134,28 +182,76 @@ def attach_loras(
         WeightsError: As `plan_lora`, and if a file changes a packed weight in another way than by
             a product; the network is unchanged then.
     """
-    found = plan_loras(loras, network_shapes)
     parameters = dict(network.named_parameters())
-    beside = {name for name in found if _is_beside(network, name)}
-    for name, shares in found.items():
-        for share in shares:
-            is_whole = len(share.update.keys) == 1
-            if is_whole and not parameters[name].is_floating_point():
-                path = loras[share.lora][0]
-                raise WeightsError(
-                    f"LoRA {path} changes whole weights ({share.update.keys[0]}), which are "
-                    "packed in this transformer. Give a transformer that is not packed."
-                )
-    with LoraFiles(loras) as files:
+    with SeparateLoras(network, loras, network_shapes, dtype) as separate:
+        for name in separate.changed:
+            weight = parameters[name].data
+            weight.copy_(separate.change(name, weight))
+        separate.attach("", network)
+        return len(separate.beside)
+
+
+class SeparateLoras(LoraFiles):
+    """LoRAs for a network whose weights may come one by one, see `attach_loras`.
+
+    Attributes:
+        changed: Weights that something is added to, by their names.
+        beside: Weights of layers that get an update beside them.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        loras: Sequence[tuple[Path, float]],
+        network_shapes: Shapes,
+        dtype: torch.dtype,
+    ) -> None:
+        """Open the files.
+
+        Args:
+            network: As in `attach_loras`, and not changed; its weights may be on "meta".
+            loras: As in `attach_loras`.
+            network_shapes: As in `attach_loras`.
+            dtype: As in `attach_loras`.
+
+        Raises:
+            WeightsError: As `attach_loras`.
+        """
+        found = plan_loras(loras, network_shapes)
+        parameters = dict(network.named_parameters())
+        self.changed: dict[str, list[LoraShare]] = {}
+        self.beside: dict[str, list[LoraShare]] = {}
         for name, shares in found.items():
-            products = [each for each in shares if name in beside and len(each.update.keys) > 1]
-            plain = [each for each in shares if each not in products]
-            if plain:
-                weight = parameters[name].data
-                weight.copy_(files.fuse(plain, weight))
-            if products:
-                _attach(network, name.removesuffix(".weight"), products, files, dtype)
-    return len(beside)
+            is_beside = _is_beside(network, name)
+            for share in shares:
+                is_whole = len(share.update.keys) == 1
+                if is_whole and not parameters[name].is_floating_point():
+                    path = loras[share.lora][0]
+                    raise WeightsError(
+                        f"LoRA {path} changes whole weights ({share.update.keys[0]}), which are "
+                        "packed in this transformer. Give a transformer that is not packed."
+                    )
+                group = self.beside if is_beside and not is_whole else self.changed
+                group.setdefault(name, []).append(share)
+        super().__init__(loras)
+        self._dtype = dtype
+
+    def change(self, name: str, weight: Tensor) -> Tensor:
+        """What becomes of a weight."""
+        return self.fuse(self.changed[name], weight) if name in self.changed else weight
+
+    def attach(self, prefix: str, part: nn.Module) -> None:
+        """Put the updates beside the layers of a part of the network, whose weights are there.
+
+        Args:
+            prefix: Name of the part, such as "blocks.0"; empty for the network.
+            part: Changed in place.
+        """
+        start = f"{prefix}." if prefix else ""
+        for name, shares in self.beside.items():
+            if name.startswith(start):
+                module = name.removeprefix(start).removesuffix(".weight")
+                _attach(part, module, shares, self, self._dtype)
 
 
 def _is_beside(network: nn.Module, parameter: str) -> bool:

@@ -3,9 +3,11 @@
 `place` does what a `Placement` says. Three ways to leave the card free:
 
 - a `Rota` holds whole networks in main memory and lets one of them on the card at a time;
-- `stream_blocks` brings the transformer's blocks one after the other, by diffusers' group
-  offloading: from main memory, or from files;
+- `stream_blocks` brings the transformer's blocks one after the other, from main memory or from
+  files;
 - `store_blocks` keeps the blocks' linear layers in 8 or 4 bits.
+
+`Placing` does the same block by block while a transformer is being loaded.
 """
 
 from __future__ import annotations
@@ -13,20 +15,23 @@ from __future__ import annotations
 import importlib
 import shutil
 import tempfile
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.hooks import apply_group_offloading
-from torch import Tensor, nn
+from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from everanimate_cli.acceleration import enable_fp8_matmul
+from everanimate_cli.acceleration import check_fp8_matmul, multiply_in_fp8
+from everanimate_cli.block_stream import BlockStream
 from everanimate_cli.errors import RunError, SettingsError
-from everanimate_cli.lora_adapter import store_blocks_as_fp8
+from everanimate_cli.main_memory import PinnedMemory
+from everanimate_cli.narrow_linear import store_as_fp8
 from everanimate_cli.placement_settings import PRECISION_PACKAGES
 from everanimate_cli.runs import OFFLOAD_PREFIX
+from everanimate_cli.waiting import WaitingWeights
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -36,6 +41,10 @@ if TYPE_CHECKING:
 
 # Children of the transformer whose parts come and go with `stream_blocks`.
 STREAMED = ("blocks", "face_adapter")
+_TORCHAO_CONFIGS = {
+    "torchao-fp8": "Float8WeightOnlyConfig",
+    "torchao-int8": "Int8WeightOnlyConfig",
+}
 _GIB = 2**30
 
 
@@ -49,12 +58,33 @@ class Rota:
         device: The card.
     """
 
-    def __init__(self, networks: Mapping[str, nn.Module], device: torch.device) -> None:
-        """Take the networks, which are in main memory."""
+    def __init__(
+        self,
+        networks: Mapping[str, nn.Module],
+        device: torch.device,
+        *,
+        stream: BlockStream | None = None,
+        pinned: PinnedMemory | None = None,
+    ) -> None:
+        """Take the networks, which are in main memory.
+
+        Args:
+            networks: By their names in a checkpoint.
+            device: The card.
+            stream: Of a transformer that is none of them.
+            pinned: Where they wait; None for memory as it is.
+        """
         self.device = device
         self._networks = dict(networks)
-        self._homes: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._waiting: dict[str, WaitingWeights] = {}
         self._on_card: str | None = None
+        self._stream = stream
+        self._pinned = pinned
+
+    def notes(self) -> list[str]:
+        """What is worth a line about how they wait."""
+        reason = None if self._pinned is None else self._pinned.reason
+        return [] if reason is None else [reason]
 
     def bring(self, name: str) -> None:
         """Make sure that a network is on the card and that the others have left it.
@@ -68,24 +98,34 @@ class Rota:
         self.clear()
         if name not in self._networks:
             return
-        network = self._networks[name]
-        # Not before: a pipeline may still change the order of a weight's elements in memory.
-        if name not in self._homes and not holds_packed_weights(network):
-            self._homes[name] = _list_tensors(network)
-        if name in self._homes:
-            for tensor, home in self._homes[name]:
-                # A copy also where main memory is the device, so that this can be measured there.
-                tensor.data = home.to(self.device, copy=True)
+        if self._stream is not None:
+            self._stream.clear()
+        if not self.settle(name):
+            self._networks[name].to(self.device)
         else:
-            network.to(self.device)
+            self._waiting[name].bring(self.device)
         self._on_card = name
+
+    def settle(self, name: str) -> bool:
+        """Let a network's home be where its weights are now, or in pinned memory.
+
+        Not before it is complete: a pipeline may still change the order of a weight's elements.
+
+        Returns:
+            Whether it has a home. Weights that are more than tensors have none: they are moved.
+        """
+        network = self._networks[name]
+        if name not in self._waiting and _can_wait(network):
+            self._waiting[name] = WaitingWeights(network)
+            if self._pinned is not None:
+                self._waiting[name].pin(self._pinned)
+        return name in self._waiting
 
     def clear(self) -> None:
         """Let the network that is on the card leave it."""
         name, self._on_card = self._on_card, None
-        if name in self._homes:
-            for tensor, home in self._homes[name]:
-                tensor.data = home
+        if name in self._waiting:
+            self._waiting[name].recall()
         elif name is not None:
             self._networks[name].to("cpu")
 
@@ -113,24 +153,107 @@ def place(
         RunError: If the disk has no room for the blocks.
     """
     transformer: Any = networks["transformer"]
-    store_blocks(transformer, placement.precision, device)
-    others = {name: each for name, each in networks.items() if name != "transformer"}
-    if placement.offload == "none":
-        for network in networks.values():
-            network.to(device)
-        return None
-    if placement.offload == "model":
-        return Rota(networks, device)
     if placement.offload == "disk":
         assert folder is not None, "files need a folder"
-        _check_room(transformer, folder)
-    stream_blocks(
-        transformer,
-        device,
-        folder=folder if placement.offload == "disk" else None,
-        prefetch=placement.prefetch,
-    )
-    return Rota(others, device)
+        parts = [getattr(transformer, name) for name in STREAMED]
+        check_room(sum(_num_bytes(part) for part in parts), folder)
+    return Placing(placement, device, transformer.dtype, folder=folder).finish(networks)
+
+
+class Placing:
+    """Stores and places a transformer's parts one by one, as soon as each of them is loaded.
+
+    Neither main memory nor the card ever holds more than one block in another form than its last.
+    """
+
+    def __init__(
+        self,
+        placement: Placement,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        folder: Path | None = None,
+    ) -> None:
+        """Refuse what cannot be done; see `place`.
+
+        Args:
+            placement: What to do.
+            device: Where the networks compute.
+            dtype: Of the transformer.
+            folder: Empty; takes the blocks' files with `offload` "disk".
+
+        Raises:
+            SettingsError: If a package is missing that `precision` needs, or the device cannot
+                multiply as it says.
+        """
+        check_precision(placement.precision, device, dtype)
+        self._placement = placement
+        self._device = device
+        self._dtype = dtype
+        self._folder = folder
+        # Waiting blocks must be moved as they are there: nothing to pin where nothing is copied.
+        is_copied = device.type == "cuda" and placement.offload in ("model", "group")
+        self._pinned = PinnedMemory() if is_copied else None
+        self._waiting: dict[str, WaitingWeights] = {}
+        self._taken: set[str] = set()
+
+    def take(self, name: str, part: nn.Module) -> None:
+        """Store a block or face adapter as it is to stay, and put it in its place.
+
+        Args:
+            name: In the transformer, such as "blocks.0".
+            part: In main memory, with its LoRAs.
+
+        Raises:
+            RunError: If a file cannot be written.
+        """
+        offload = self._placement.offload
+        home = self._device if offload == "none" else torch.device("cpu")
+        if name.startswith("blocks."):
+            store_block(part, self._placement.precision, self._device, self._dtype)
+        part.to(home)
+        self._taken.add(name)
+        if offload not in ("group", "disk"):
+            return
+        waiting = self._waiting[name] = WaitingWeights(part)
+        if offload == "disk":
+            assert self._folder is not None, "files need a folder"
+            try:
+                waiting.move_to_file(self._folder / f"{name}.safetensors")
+            except OSError as error:
+                raise RunError(
+                    f"--offload disk cannot write to {self._folder.parent}: {error}. "
+                    "Give --offload group, or an --output on another disk."
+                ) from error
+        elif self._pinned is not None:
+            waiting.pin(self._pinned)
+
+    def finish(self, networks: Mapping[str, nn.Module]) -> Rota | None:
+        """Place all else, with the parts of the transformer that were not taken yet.
+
+        Args:
+            networks: As in `place`.
+
+        Returns:
+            As `place`.
+        """
+        transformer: Any = networks["transformer"]
+        for name, part in _streamed_parts(transformer).items():
+            if name not in self._taken:
+                self.take(name, part)
+        offload = self._placement.offload
+        others = {name: each for name, each in networks.items() if name != "transformer"}
+        if offload == "none":
+            for network in networks.values():
+                network.to(self._device)
+            return None
+        if offload == "model":
+            rota = Rota(networks, self._device, pinned=self._pinned)
+            rota.settle("transformer")  # nothing changes it any longer
+            return rota
+        prefetch = self._placement.prefetch and self._device.type == "cuda"
+        stream = stream_blocks(transformer, self._device, waiting=self._waiting, prefetch=prefetch)
+        return Rota(others, self._device, stream=stream, pinned=self._pinned)
 
 
 # --- stored in fewer bits ------------------------------------------------------------------------
@@ -155,6 +278,17 @@ def check_package(precision: str, given: str | None = None) -> None:
         )
 
 
+def check_precision(precision: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a precision that this machine cannot store or compute in.
+
+    Raises:
+        SettingsError: Telling what is missing.
+    """
+    check_package(precision)
+    if precision == "fp8-matmul":
+        check_fp8_matmul(device, dtype)
+
+
 def store_blocks(
     network: EverAnimateTransformer3DModel, precision: str, device: torch.device
 ) -> None:
@@ -171,69 +305,71 @@ def store_blocks(
         device: Where packed weights are made.
 
     Raises:
-        SettingsError: If the package is not installed.
+        SettingsError: If the package is not installed, or the device cannot multiply so.
     """
-    check_package(precision)
+    check_precision(precision, device, network.dtype)
+    for block in network.blocks:
+        store_block(block, precision, device, network.dtype)
+        if precision not in ("full", "fp8"):
+            block.to("cpu")
+
+
+def store_block(block: nn.Module, precision: str, device: torch.device, dtype: torch.dtype) -> None:
+    """As `store_blocks`, one block, which is on the device then if that is where it is packed.
+
+    Args:
+        block: In main memory; changed in place.
+        precision: "full" changes nothing.
+        device: Where packed weights are made, in seconds.
+        dtype: In which it computes.
+    """
     if precision == "fp8":
-        store_blocks_as_fp8(network)
+        store_as_fp8(block)
     elif precision == "fp8-matmul":
-        enable_fp8_matmul(network, device)
-    elif precision in ("torchao-fp8", "torchao-int8"):
-        _store_by_torchao(network, precision, device)
-    elif precision == "nf4":
-        _store_as_nf4(network, device)
-
-
-def _store_by_torchao(
-    network: EverAnimateTransformer3DModel, precision: str, device: torch.device
-) -> None:
-    quantization = importlib.import_module("torchao.quantization")
-    config = {
-        "torchao-fp8": "Float8WeightOnlyConfig",
-        "torchao-int8": "Int8WeightOnlyConfig",
-    }[precision]
-    for block in network.blocks:
-        # On the card, where it takes seconds; one block at a time.
         block.to(device)
-        quantization.quantize_(block, getattr(quantization, config)())
-        block.to("cpu")
-
-
-def _store_as_nf4(network: EverAnimateTransformer3DModel, device: torch.device) -> None:
-    bitsandbytes = importlib.import_module("bitsandbytes.nn")
-    dtype = network.dtype
-    for block in network.blocks:
-        for name, layer in list(block.named_modules()):
-            if not isinstance(layer, nn.Linear):
-                continue
-            packed = bitsandbytes.Linear4bit(
-                layer.in_features,
-                layer.out_features,
-                bias=layer.bias is not None,
-                compute_dtype=dtype,
-                quant_type="nf4",
-                device="meta",
-            )
-            packed.weight = bitsandbytes.Params4bit(
-                layer.weight.data, requires_grad=False, quant_type="nf4"
-            )
-            packed.bias = layer.bias
-            # Packed once more for a CPU's inference, weights have no gradient any longer, and
-            # widths have to be multiples of 32 and 64.
-            packed.support_avx512bf16_for_cpu = False
-            parent, _, own_name = name.rpartition(".")
-            setattr(block.get_submodule(parent), own_name, packed)
+        multiply_in_fp8(block)
+    elif precision in _TORCHAO_CONFIGS:
+        quantization = importlib.import_module("torchao.quantization")
+        block.to(device)
+        quantization.quantize_(block, getattr(quantization, _TORCHAO_CONFIGS[precision])())
+    elif precision == "nf4":
+        _store_as_nf4(block, dtype)
         block.to(device)  # which packs them
-        block.to("cpu")
 
 
-def holds_packed_weights(network: nn.Module) -> bool:
-    """Whether any weight is more than a plain tensor of torch.
+def _store_as_nf4(block: nn.Module, dtype: torch.dtype) -> None:
+    bitsandbytes = importlib.import_module("bitsandbytes.nn")
+    for name, layer in list(block.named_modules()):
+        if not isinstance(layer, nn.Linear):
+            continue
+        packed = bitsandbytes.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            compute_dtype=dtype,
+            quant_type="nf4",
+            device="meta",
+        )
+        packed.weight = bitsandbytes.Params4bit(
+            layer.weight.data, requires_grad=False, quant_type="nf4"
+        )
+        packed.bias = layer.bias
+        # Packed once more for a CPU's inference, weights have no gradient any longer, and
+        # widths have to be multiples of 32 and 64.
+        packed.support_avx512bf16_for_cpu = False
+        parent, _, own_name = name.rpartition(".")
+        setattr(block.get_submodule(parent), own_name, packed)
 
-    So are those of torchao, of bitsandbytes, and from GGUF files.
+
+def _can_wait(network: nn.Module) -> bool:
+    """Whether all weights are tensors of torch, or say themselves which tensors they are made of.
+
+    Those of torchao do; those of bitsandbytes and from GGUF files are more, and are moved.
     """
-    modules = (type(value).__module__ for value in network.parameters())
-    return not all(module.startswith("torch.") for module in modules)
+    return all(
+        type(value).__module__.startswith("torch.") or is_traceable_wrapper_subclass(value)
+        for value in network.parameters()
+    )
 
 
 # --- brought in parts ----------------------------------------------------------------------------
@@ -243,9 +379,9 @@ def stream_blocks(
     network: EverAnimateTransformer3DModel,
     device: torch.device,
     *,
-    folder: Path | None = None,
-    prefetch: bool = True,
-) -> None:
+    waiting: Mapping[str, WaitingWeights] | None = None,
+    prefetch: bool = False,
+) -> BlockStream:
     """Bring blocks and face adapters to the device only for as long as they compute.
 
     All other layers stay on the device: chunks are embedded outside `forward`, where no block is
@@ -254,35 +390,36 @@ def stream_blocks(
     Args:
         network: In main memory; changed in place.
         device: Where it computes.
-        folder: Keeps the weights in files instead of main memory; it must be empty.
-        prefetch: On a card, copy the next one from pinned memory while this one computes.
-
-    Source: diffusers' group offloading.
+        waiting: The weights of its parts, by their names, as far as they have a home already.
+        prefetch: On a card, copy the next one while this one computes.
     """
-    children = dict(network.named_children())
-    has_streams = prefetch and device.type == "cuda"
-    # diffusers would treat the other children as one more group, which only `forward` brings.
-    for name in children.keys() - set(STREAMED):
-        delattr(network, name)
-    try:
-        apply_group_offloading(
-            network,
-            onload_device=device,
-            offload_device=torch.device("cpu"),
-            offload_type="block_level",
-            num_blocks_per_group=1,
-            use_stream=has_streams,
-            record_stream=has_streams,
-            low_cpu_mem_usage=has_streams and not _may_pin(network),
-            offload_to_disk_path=None if folder is None else str(folder),
-        )
-    finally:
-        for name, child in children.items():  # in their order
-            if name in network._modules:
-                delattr(network, name)
-            setattr(network, name, child)
-    for name in children.keys() - set(STREAMED):
-        children[name].to(device)
+    parts = _streamed_parts(network)
+    waiting = waiting or {}
+    every = network.config.inject_face_latents_blocks
+    order = []
+    for index in range(len(network.blocks)):
+        order.append(f"blocks.{index}")
+        if index % every == 0:
+            order.append(f"face_adapter.{index // every}")
+    for name, child in network.named_children():
+        if name not in STREAMED:
+            child.to(device)
+    for parameter in network.parameters(recurse=False):
+        parameter.data = parameter.data.to(device)
+    return BlockStream(
+        [(parts[name], waiting.get(name) or WaitingWeights(parts[name])) for name in order],
+        device,
+        prefetch=prefetch,
+    )
+
+
+def _streamed_parts(network: EverAnimateTransformer3DModel) -> dict[str, nn.Module]:
+    """Blocks and face adapters by their names."""
+    return {
+        f"{name}.{index}": part
+        for name in STREAMED
+        for index, part in enumerate(getattr(network, name))
+    }
 
 
 @contextmanager
@@ -299,21 +436,18 @@ def offload_folder(parent: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _check_room(network: EverAnimateTransformer3DModel, folder: Path) -> None:
-    children = (getattr(network, name) for name in STREAMED)
-    needed = sum(_num_bytes(child) for child in children)
+def check_room(num_bytes: float, folder: Path) -> None:
+    """Refuse a folder for the blocks' files that has no room for them.
+
+    Raises:
+        RunError: Telling how much is free.
+    """
     free = shutil.disk_usage(folder).free
-    if free < needed:
+    if free < num_bytes:
         raise RunError(
-            f"--offload disk needs {needed / _GIB:.1f} GiB in {folder.parent}, where "
+            f"--offload disk needs {num_bytes / _GIB:.1f} GiB in {folder.parent}, where "
             f"{free / _GIB:.1f} GiB are free. Free some space, or give --offload group."
         )
-
-
-def _may_pin(network: nn.Module) -> bool:
-    """Whether main memory has room for all of it pinned, for which sizes are rounded up."""
-    free = free_main_memory()
-    return free is None or free > 2 * _num_bytes(network)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -322,24 +456,6 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
-def free_main_memory() -> int | None:
-    """Bytes of main memory that processes can still take; None where the system does not tell."""
-    with suppress(OSError, ValueError, IndexError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    return None
-
-
 def _num_bytes(network: nn.Module) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(network))
-
-
-def _tensors(network: nn.Module) -> Iterator[Tensor]:
-    yield from network.parameters()
-    yield from network.buffers()
-
-
-def _list_tensors(network: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """(what the network computes with, its data at home) of all weights."""
-    return [(tensor, tensor.data) for tensor in _tensors(network)]
+    tensors = (*network.parameters(), *network.buffers())
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -22,7 +22,6 @@ from everanimate_cli.context_parallel import (
     share_tokens,
 )
 from everanimate_cli.errors import EverAnimateError, SettingsError
-from everanimate_cli.memory import from_uint8
 from everanimate_cli.offloading import is_out_of_memory
 from everanimate_cli.pipeline import AnimatePipeline, Conditioning
 
@@ -159,13 +158,9 @@ class ParallelPipeline(AnimatePipeline):
     processes: Processes
     sharing: Sharing
 
-    @torch.no_grad()
-    def embed_pose(self, pose_u8: NDArray[np.uint8]) -> Tensor:
-        """VAE code [1, C, T, h, w] of a chunk's pose pictures [F, H, W, 3].
-
-        Its embedding, which is 40 times as large, is made by each process in `denoise`.
-        """
-        return self.encode_video(from_uint8(self._upload(pose_u8)))
+    def embed_pose(self, pose_latents: Tensor) -> Tensor:
+        """The code as it is: its embedding is 40 times as large, and each process makes its own."""
+        return pose_latents
 
     @torch.no_grad()
     def embed_face(self, face_u8: NDArray[np.uint8]) -> Tensor:

@@ -251,10 +251,13 @@ class AnimatePipeline:
         std = torch.tensor(config.latents_std, device=self.device).view(1, -1, 1, 1, 1)
         return mean, 1 / std
 
+    def encode_pose(self, pose_u8: NDArray[np.uint8]) -> Tensor:
+        """VAE code [1, C, T, h, w] of a chunk's pose pictures [F, H, W, 3]."""
+        return self.encode_video(from_uint8(self._upload(pose_u8)))
+
     @torch.no_grad()
-    def embed_pose(self, pose_u8: NDArray[np.uint8]) -> Tensor:
-        """Patch embedding of a chunk's pose pictures [F, H, W, 3], for all its steps."""
-        pose_latents = self.encode_video(from_uint8(self._upload(pose_u8)))
+    def embed_pose(self, pose_latents: Tensor) -> Tensor:
+        """Patch embedding of `encode_pose`'s code, for all steps of a chunk."""
         self._need("transformer")
         return self.transformer.embed_pose(pose_latents)
 

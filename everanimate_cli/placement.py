@@ -18,8 +18,9 @@ from everanimate_cli.checkpoint import KINDS, check_network, dtype_in_memory, pa
 from everanimate_cli.errors import SettingsError
 from everanimate_cli.estimates import BLOCK_LINEAR, Geometry, geometry_of, read_geometry
 from everanimate_cli.library_logs import quiet_libraries
+from everanimate_cli.main_memory import free_main_memory
 from everanimate_cli.model_folder import ModelSource
-from everanimate_cli.offloading import STREAMED, check_package, free_main_memory
+from everanimate_cli.offloading import STREAMED, check_package
 from everanimate_cli.placement_settings import Placement, PlacementOptions, Precision, Tiling
 
 if TYPE_CHECKING:
@@ -53,10 +54,14 @@ RELEASED_CONFIGS: dict[str, dict[str, Any]] = {
 }
 # Of a weight with its share of a scale.
 _PACKED_BITS = {"fp8": 8.0, "fp8-matmul": 8.0, "torchao-fp8": 8.0, "torchao-int8": 8.0, "nf4": 4.5}
-# With streams a block computes, the next one arrives, and the one before is not yet given back.
-_NUM_STREAMED = 3
+# With streams a block computes and the next one arrives.
+_NUM_STREAMED = 2
 # What a card needs beside the tensors that are counted: work space of its libraries, and gaps.
 _GAPS, _WORK_SPACE_MIB = 1.03, 384.0
+# What a screen, the driver and the context leave of a card.
+_FREE_OF_A_CARD = 0.96
+# Where plans for a card that is not here place the networks.
+ABSENT_CARD = torch.device("cuda")
 _LESS = 0.97  # of the memory used, for a preset to be worth another try
 
 
@@ -117,8 +122,8 @@ class Estimate:
         phases_mib: Most that is on the device while text is encoded, pictures are encoded, a step
             is computed, frames are decoded.
         main_memory_mib: What waits in main memory for its turn.
-        loading_mib: Most of main memory that loading takes; precisions other than fp8 are made of
-            the whole network.
+        loading_mib: Most of main memory that loading takes, but for mapped files, which the system
+            drops when it needs the memory.
         disk_mib: Files of the blocks.
     """
 
@@ -196,7 +201,8 @@ def estimate(sizes: Sizes, placement: Placement, job: Job, *, has_streams: bool 
         sizes: Of the checkpoint.
         placement: Where the networks are.
         job: What they compute.
-        has_streams: Whether blocks are copied while others compute, as on a CUDA card.
+        has_streams: Whether there is a CUDA card: it has memory of its own, and blocks are copied
+            while others compute.
     """
     stored = {name: sizes.stored_mib(name, placement.precision, job.dtype) for name in sizes.shapes}
     weights = {name: sum(values.values()) for name, values in stored.items()}
@@ -248,12 +254,15 @@ def estimate(sizes: Sizes, placement: Placement, job: Job, *, has_streams: bool 
         "group": sum(streamed.values()) + vae + clip,
         "disk": vae + clip,
     }
-    # Only fp8 is made of each weight as it is read.
-    loaded_as = "fp8" if placement.precision == "fp8" else "full"
-    loaded = sum(
-        sum(sizes.stored_mib(name, loaded_as, job.dtype).values())
-        for name in ("transformer", "vae", "image_encoder")
-    )
+    loaded = vae + clip + weights["transformer"]
+    if not sizes.packed:
+        # One block after the other is stored as it stays, and leaves if it waits elsewhere.
+        leaves = placement.offload == "disk" or (placement.offload == "none" and has_streams)
+        if leaves:
+            loaded -= sum(streamed.values())
+        if leaves or placement.precision != "full":
+            full = sizes.stored_mib("transformer", "full", job.dtype)
+            loaded += _largest_block_mib({key: full[key] for key in streamed})
     return Estimate(
         weights_mib=weights,
         phases_mib=phases,
@@ -330,8 +339,8 @@ def choose_placement(
     if sizes.packed:
         if options.precision not in ("auto", "full"):
             raise SettingsError(
-                f"--precision {options.precision} does not fit --model, whose weights come in "
-                "fewer bits already. Leave it out."
+                f"--precision {options.precision} does not fit the transformer's file, whose "
+                "weights come in fewer bits already. Leave it out."
             )
         options = replace(options, precision="full")
     choices = []
@@ -447,6 +456,24 @@ def plan_for_machine(
     if choice.placement.precision == "fp8-matmul":
         check_fp8_matmul(device, job.dtype)
     return Plan(options=options, device=device, sizes=sizes, job=job, choice=choice)
+
+
+def plan_for_absent_card(options: PlacementOptions, sizes: Sizes, job: Job) -> Plan:
+    """`choose_placement` for the card that `--vram` names, where there is none to look at.
+
+    Main memory is taken to be enough.
+
+    Args:
+        options: Of the command line, with `vram` other than "auto".
+        sizes: Of the checkpoint.
+        job: What is computed.
+
+    Raises:
+        SettingsError: As `choose_placement`.
+    """
+    free_mib = _FREE_OF_A_CARD * 1024 * int(options.vram)
+    choice = choose_placement(options, "cuda", sizes, job, free_mib=free_mib)
+    return Plan(options=options, device=ABSENT_CARD, sizes=sizes, job=job, choice=choice)
 
 
 def _estimate_on(device_type: str, sizes: Sizes, placement: Placement, job: Job) -> Estimate:

@@ -3,10 +3,11 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from everanimate_cli.analyze_settings import (
     ATTENTION_FILES,
@@ -412,6 +413,46 @@ def check_model(model: str) -> None:
             f"--model {model} is unknown. Give '{TOY_MODEL}' (embedded, works offline), "
             f"a checkpoint folder, or a Hub id such as {HUB_MODEL}."
         )
+
+
+def check_environment(environ: Mapping[str, str]) -> None:
+    """Refuse variables at which the Hub's library would stumble while it is imported.
+
+    Args:
+        environ: Variables of the process.
+
+    Raises:
+        SettingsError: Naming the variable and its value.
+    """
+    address = environ.get("HF_ENDPOINT")
+    if address is not None:
+        problem = find_address_problem(address)
+        if problem is not None:
+            raise SettingsError(f"HF_ENDPOINT {address}".rstrip() + f" {problem}.")
+    for name in ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"):
+        value = environ.get(name)
+        try:
+            int(value or 0)
+        except ValueError as error:
+            raise SettingsError(f"{name} {value} is not a whole number of seconds.") from error
+
+
+def find_address_problem(address: str) -> str | None:
+    """What is wrong with the address of a Hub, and how to mend it; None for one that can be."""
+    known = "Give an address such as https://huggingface.co"
+    if not address:
+        return f"is empty. {known}, or unset it"
+    if "://" not in address:
+        return f"is no address. Write https:// before it: https://{address}"
+    try:
+        parts = urlsplit(address)
+        has_port = parts.port != 0
+    except ValueError as error:  # in the words of the standard library
+        return f"is no address ({str(error).partition(': ')[0]}). {known}"
+    is_plain = address.isascii() and address.isprintable() and " " not in address
+    if parts.scheme not in ("http", "https") or not parts.hostname or not has_port or not is_plain:
+        return f"is no address of a Hub. {known}"
+    return None
 
 
 def check_transformer(path: Path) -> None:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everanimate_cli import acceleration, checkpoint, hub, placement, weights
+from everanimate_cli import (
+    acceleration,
+    cached_models,
+    checkpoint,
+    hub,
+    placement,
+    weights,
+)
 from everanimate_cli.chunks import ChunkPlan
 from everanimate_cli.errors import SettingsError
 from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.generation import segment_writer
 from everanimate_cli.hashes import hash_file
+from everanimate_cli.hub_transfer import amount, free_bytes
 from everanimate_cli.inputs import (
     Inputs,
     Media,
@@ -23,16 +32,21 @@ from everanimate_cli.inputs import (
     draw_anchors,
     open_motion,
 )
-from everanimate_cli.lora import describe_lora
-from everanimate_cli.lora_layers import choose_lora_mode
+from everanimate_cli.lora import LORA_TARGET_PATTERN, describe_lora, plan_lora
+from everanimate_cli.lora_layers import choose_lora_mode, list_ranks, update_shapes
 from everanimate_cli.model_folder import ModelSource
+from everanimate_cli.model_table import POSE_MODELS
 from everanimate_cli.parallel_pipeline import Sharing, open_shared_pipeline, plan_sharing
 from everanimate_cli.pipeline import AnimatePipeline
+from everanimate_cli.preflight import default_pose_folder
 from everanimate_cli.records import LoraSpec
 from everanimate_cli.runs import RunFolder
 from everanimate_cli.settings import (
+    HUB_MODEL,
+    HUB_PRESET,
     AnimateSettings,
     LoraMode,
+    ModelDefaults,
     ResolvedSettings,
     resolve,
     run_folder,
@@ -145,6 +159,54 @@ class Networks:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Located:
+    """The checkpoint and the LoRAs of a run, as far as they are on this machine.
+
+    Attributes:
+        source: The checkpoint; None in a dry run with the released base, if that is missing.
+        defaults: What it was trained for.
+        sizes: Of its networks.
+        settings: With these defaults.
+        loras: On top of it; without a file those that are missing in a dry run.
+        lora_mode: From `lora_layers.choose_lora_mode`.
+        missing: What would be downloaded.
+    """
+
+    source: ModelSource | None
+    defaults: ModelDefaults
+    sizes: placement.Sizes
+    settings: ResolvedSettings
+    loras: Sequence[tuple[LoraSpec, Path | None]]
+    lora_mode: LoraMode
+    missing: Sequence[hub.Asset]
+
+    @property
+    def files(self) -> list[tuple[LoraSpec, Path]]:
+        """The LoRAs that are here."""
+        return [(spec, path) for spec, path in self.loras if path is not None]
+
+    def sizes_with_loras(self) -> placement.Sizes:
+        """The same with what LoRAs beside the weights take.
+
+        Of a missing one that is known the rank counts, of any other nothing.
+        """
+        if self.lora_mode == "fused" or not self.loras:
+            return self.sizes
+        shapes = self.sizes.shapes["transformer"]
+        files = [(path, spec.scale) for spec, path in self.files]
+        ranks = list_ranks(files, shapes, self.sizes.packed)
+        for spec, path in self.loras:
+            known = hub.known_lora(spec.source) if path is None else None
+            if known is not None:
+                image = r"|blocks\.\d+\.attn2\.add_[kv]_proj" if known.has_image_layers else ""
+                target = re.compile(rf"({LORA_TARGET_PATTERN}{image})\.weight")
+                for key in filter(target.fullmatch, shapes):
+                    ranks[key] = ranks.get(key, 0) + known.rank
+        transformer = {**shapes, **update_shapes(ranks, shapes)}
+        return replace(self.sizes, shapes={**self.sizes.shapes, "transformer": transformer})
+
+
+@dataclass(frozen=True, kw_only=True)
 class Preparation:
     """Everything that is decided before a run; nothing is written and no network loaded yet.
 
@@ -157,7 +219,7 @@ class Preparation:
         chunks: The cut of the video.
         anchors: Frames of chunk 0 that become identity memory.
         device: Where the networks compute.
-        networks: What is to be loaded.
+        networks: What is to be loaded; None in a dry run in which files are missing.
         memory: Where it goes.
         run: The run folder, which need not exist.
         facts: What a plan tells, JSON values.
@@ -171,7 +233,7 @@ class Preparation:
     chunks: ChunkPlan
     anchors: list[int]
     device: torch.device
-    networks: Networks
+    networks: Networks | None
     memory: placement.Plan
     run: RunFolder
     facts: dict[str, Any]
@@ -196,47 +258,72 @@ def prepare(
     """
     media = check_media(settings)  # before the model, which may take hours to download
     device = weights.choose_device(settings.device)
-    dtype = weights.choose_dtype(settings.dtype, device)
+    # A plan can be made where there is no card: on a login node, or before one is bought.
+    is_for_absent_card = (
+        settings.dry_run
+        and settings.vram != "auto"
+        and settings.device == "auto"
+        and device.type != "cuda"
+    )
+    target = placement.ABSENT_CARD if is_for_absent_card else device
+    dtype = weights.choose_dtype(settings.dtype, target)
     attention = acceleration.choose_attention(settings.attention, device, dtype)
     if settings.compile:
         acceleration.check_compile(device)
-    download = not settings.dry_run
-    source = hub.locate_model(
-        settings.model, on_event, download=download, transformer=settings.transformer
-    )
-    resolved = resolve(settings, source.defaults)
-    loras = [(spec, hub.locate_lora(spec, on_event, download=download)) for spec in resolved.lora]
-    checkpoint.check_checkpoint(source, [path for _, path in loras])
-    lora_mode = choose_lora_mode(resolved.lora_mode, source)
-    sizes = placement.read_sizes(source)
+    located = _locate(settings, on_event)
+    resolved, sizes = located.settings, located.sizes
     face_size = sizes.geometry.face_size
-    size = choose_size(resolved, media.picture_u8, source, sizes.geometry.size_multiple)
+    size = choose_size(resolved, media.picture_u8, located.defaults, sizes.geometry.size_multiple)
     inputs, num_driving, chunks = open_motion(resolved, media, size, face_size, stack, on_event)
     anchors = draw_anchors(resolved, chunks)
     segment_writer(Path(), *size, resolved)  # refuses what no encoder takes
     run = RunFolder(run_folder(resolved.output))
-    memory = _plan_memory(resolved, device, dtype, sizes, size, run)
+    memory = _plan_memory(resolved, target, dtype, located.sizes_with_loras(), size, run)
+    if is_for_absent_card:
+        on_event(Note(text=f"no CUDA card is here: planned for one of {resolved.vram} GB"))
     sharing = None
     if processes is not None:
-        sharing = _share(resolved, processes, source, device, dtype, memory.placement, attention)
-    if resolved.fast and resolved.lora == source.defaults.lora:
+        sharing = _share(resolved, processes, sizes, device, dtype, memory.placement, attention)
+    if resolved.fast and resolved.lora == located.defaults.lora:
         on_event(
             Note(
-                text=f"--fast: no step-distilled LoRA is known for {source.name}, so that "
-                f"{resolved.steps} steps instead of {source.defaults.num_inference_steps} "
+                text=f"--fast: no step-distilled LoRA is known for {resolved.model}, so that "
+                f"{resolved.steps} steps instead of {located.defaults.num_inference_steps} "
                 "cost quality"
             )
         )
-    networks = Networks(
-        source=source,
-        loras=loras,
-        lora_mode=lora_mode,
-        dtype=dtype,
-        placement=memory.placement,
-        attention=attention,
-        compile=resolved.compile,
-        sharing=sharing,
-    )
+    networks = None
+    if located.source is not None and not located.missing:
+        networks = Networks(
+            source=located.source,
+            loras=located.files,
+            lora_mode=located.lora_mode,
+            dtype=dtype,
+            placement=memory.placement,
+            attention=attention,
+            compile=resolved.compile,
+            sharing=sharing,
+        )
+    facts = {
+        "frames": chunks.num_frames,
+        "seconds": round(chunks.num_frames / resolved.fps, 3),
+        "fps": resolved.fps,
+        "size": f"{size[1]}x{size[0]}",
+        "chunks": chunks.num_chunks,
+        "frames_per_chunk": chunks.frames_per_chunk,
+        "overlap": chunks.overlap,
+        "steps": resolved.steps,
+        "driving_frames": num_driving,
+        "model": resolved.model,
+        **({} if resolved.transformer is None else {"transformer": str(resolved.transformer)}),
+        "device": str(target),
+        "dtype": str(dtype).removeprefix("torch."),
+        "placement": memory.placement.to_json(),
+        "loras": _describe_loras(located),
+        "speed": _describe_speed(resolved, attention, sharing),
+    }
+    if resolved.dry_run:
+        facts |= _describe_downloads(located, media, on_event)
     return Preparation(
         settings=resolved,
         media=media,
@@ -249,44 +336,105 @@ def prepare(
         networks=networks,
         memory=memory,
         run=run,
-        facts={
-            "frames": chunks.num_frames,
-            "seconds": round(chunks.num_frames / resolved.fps, 3),
-            "fps": resolved.fps,
-            "size": f"{size[1]}x{size[0]}",
-            "chunks": chunks.num_chunks,
-            "frames_per_chunk": chunks.frames_per_chunk,
-            "overlap": chunks.overlap,
-            "steps": resolved.steps,
-            "driving_frames": num_driving,
-            "model": source.name,
-            **({} if source.transformer is None else {"transformer": str(source.transformer)}),
-            "device": str(device),
-            "dtype": str(dtype).removeprefix("torch."),
-            "placement": memory.placement.to_json(),
-            "loras": _describe_loras(source, loras, lora_mode),
-            "speed": _describe_speed(resolved, attention, sharing),
-        },
+        facts=facts,
     )
 
 
-def make_request(prepared: Preparation, inputs: Inputs) -> dict[str, Any]:
+def _locate(settings: AnimateSettings, on_event: OnEvent) -> Located:
+    """Find and check the checkpoint and the LoRAs, downloading them but in a dry run."""
+    missing: list[hub.Asset] = []
+    source, defaults = None, HUB_PRESET
+    try:
+        source = hub.locate_model(
+            settings.model,
+            on_event,
+            download=not settings.dry_run,
+            transformer=settings.transformer,
+        )
+        defaults = source.defaults
+    except hub.AbsentError as error:
+        # Of any other model nothing is known, nor what a file for the transformer leaves of it.
+        if error.asset.hub_id.repository != HUB_MODEL or settings.transformer is not None:
+            raise
+        missing.append(error.asset)
+    resolved = resolve(settings, defaults)
+    loras: list[tuple[LoraSpec, Path | None]] = []
+    for spec in resolved.lora:
+        try:
+            path = hub.locate_lora(spec, on_event, download=not settings.dry_run)
+        except hub.AbsentError as error:
+            if not error.asset.hub_id.path:  # names no file
+                raise
+            missing.append(error.asset)
+            path = None
+        loras.append((spec, path))
+    files = [path for _, path in loras if path is not None]
+    if source is None:
+        sizes = placement.released_sizes()
+        for path in files:
+            plan_lora(path, sizes.shapes["transformer"])
+        # Its weights come in 32 bits.
+        lora_mode = "fused" if resolved.lora_mode == "auto" else resolved.lora_mode
+    else:
+        checkpoint.check_checkpoint(source, files)
+        sizes = placement.read_sizes(source)
+        lora_mode = choose_lora_mode(resolved.lora_mode, source)
+    return Located(
+        source=source,
+        defaults=defaults,
+        sizes=sizes,
+        settings=resolved,
+        loras=loras,
+        lora_mode=lora_mode,
+        missing=missing,
+    )
+
+
+def _describe_downloads(located: Located, media: Media, on_event: OnEvent) -> dict[str, Any]:
+    """What a run would download first, and the command that does so beforehand."""
+    settings = located.settings
+    pose_models: list[str] = []
+    if media.raw is not None:
+        folder = settings.pose_folder or default_pose_folder(settings.output, media.raw)
+        name = settings.pose_model or located.defaults.pose_model
+        if not (folder / "extract.json").exists():
+            detector = POSE_MODELS[name].detector if name in POSE_MODELS else ""
+            pose_models = [name, settings.detector or detector]
+    lacks = cached_models.find_lacks(located.missing, pose_models)
+    if not lacks:
+        return {"downloads": []}
+    from_hub = {asset.name for asset in located.missing}
+    num_bytes = sum(lack.num_bytes or 0 for lack in lacks if lack.name in from_hub)
+    if num_bytes > free_bytes():
+        on_event(
+            Note(
+                text=f"the downloads take {amount(num_bytes)}, but the disk of the cache has "
+                f"{amount(free_bytes())} free: set HF_HOME to a folder on a larger one"
+            )
+        )
+    return {
+        "downloads": [lack.to_json() for lack in lacks],
+        "download_command": hub.pull_command([lack.name for lack in lacks]),
+    }
+
+
+def make_request(prepared: Preparation, networks: Networks, inputs: Inputs) -> dict[str, Any]:
     """Everything that shapes the encoded chunks; a run folder belongs to one such request.
 
     Where a file lies does not matter, what is in it does.
     """
     settings, facts = prepared.settings, prepared.facts
-    loras = prepared.networks.loras
+    loras = networks.loras
     paths = ("ref", "driving", "pose", "face", "view", "lora", "model", "transformer")
     saved = settings.to_json()
     request = {k: v for k, v in saved.items() if k not in (*_FREE_OPTIONS, *paths)}
     request |= {name: facts[name] for name in ("size", "dtype")}
-    request["attention"] = prepared.networks.attention
+    request["attention"] = networks.attention
     request["step_cache_threshold"] = settings.cache_threshold
     request["device type"] = prepared.device.type
-    request["--model sha256"] = checkpoint.checkpoint_hash(prepared.networks.source)
+    request["--model sha256"] = checkpoint.checkpoint_hash(networks.source)
     request |= {f"{name} sha256": digest for name, digest in inputs.hashes.items()}
-    request["lora_mode"] = prepared.networks.lora_mode if loras else None
+    request["lora_mode"] = networks.lora_mode if loras else None
     for number, ((spec, path), said) in enumerate(zip(loras, facts["loras"], strict=True), start=1):
         request[f"--lora {number} sha256"] = hash_file(path)
         request[f"alpha of --lora {number}"] = said.get("alpha")  # may stand in a file of its own
@@ -296,24 +444,25 @@ def make_request(prepared: Preparation, inputs: Inputs) -> dict[str, Any]:
     return request | placement.pixel_options(prepared.memory.placement)
 
 
-def _describe_loras(
-    source: ModelSource, loras: Sequence[tuple[LoraSpec, Path]], mode: LoraMode
-) -> list[dict[str, Any]]:
+def _describe_loras(located: Located) -> list[dict[str, Any]]:
     """What is on top of the transformer, and what it says of itself."""
-    if not loras:
-        return []
-    shapes = checkpoint.check_network(source, "transformer")
-    return [
-        {"source": spec.source, "scale": spec.scale, "mode": mode}
-        | describe_lora(path, shapes).to_json()
-        for spec, path in loras
-    ]
+    shapes = located.sizes.shapes["transformer"]
+    described = []
+    for spec, path in located.loras:
+        facts = {"source": spec.source, "scale": spec.scale, "mode": located.lora_mode}
+        known = hub.known_lora(spec.source)
+        if path is not None:
+            facts |= describe_lora(path, shapes).to_json()
+        elif known is not None:
+            facts["rank"] = known.rank
+        described.append(facts)
+    return described
 
 
 def _share(
     settings: ResolvedSettings,
     processes: Processes,
-    source: ModelSource,
+    sizes: placement.Sizes,
     device: torch.device,
     dtype: torch.dtype,
     placed: Placement,
@@ -330,7 +479,7 @@ def _share(
         settings.parallel,
         count=processes.count,
         spare_rank=settings.spare_rank,
-        num_heads=int(checkpoint.full_config(source, "transformer").num_attention_heads),
+        num_heads=sizes.geometry.num_heads,
         device=device,
         dtype=dtype,
         backend=KERNELS[attention].backend,
@@ -357,6 +506,8 @@ def _plan_memory(
         dtype=dtype,
         num_step_caches=num_step_caches,
     )
+    if device is placement.ABSENT_CARD:
+        return placement.plan_for_absent_card(settings.placement_options, sizes, job)
     begun = run.read_begun() if settings.resume else None
     return placement.plan_for_machine(settings.placement_options, device, sizes, job, begun=begun)
 

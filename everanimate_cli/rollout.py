@@ -353,12 +353,16 @@ class Rollout:
 
     def _conditioning(self, state: RolloutState, pose_u8: Frames, face_u8: Frames) -> Conditioning:
         """All that the network sees beside the noise in the chunk that follows `state`."""
+        # The networks in the order in which each has to come to the card only once per chunk: the
+        # VAE, which the chunk before used last, CLIP, and the transformer, which then samples.
+        condition, pose_latents = self._condition(state), self.pipeline.encode_pose(pose_u8)
+        clip_embeds = self._clip_embeds(state)
         return Conditioning(
-            condition=self._condition(state),
-            pose_embeds=self.pipeline.embed_pose(pose_u8),
+            condition=condition,
+            pose_embeds=self.pipeline.embed_pose(pose_latents),
             face_tokens=self.pipeline.embed_face(face_u8),
             prompt_embeds=self.prompt_embeds,
-            clip_embeds=self._clip_embeds(state),
+            clip_embeds=clip_embeds,
             negative_prompt_embeds=self.negative_prompt_embeds,
             blank_face_tokens=None if self.guidance_scale == 1 else self._blank_face_tokens,
         )

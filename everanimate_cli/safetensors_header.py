@@ -21,6 +21,10 @@ _NUM_BYTES = {
 _NUMBERS = {"F64": "<d", "F32": "<f", "F16": "<e", "I64": "<q", "I32": "<i"}
 
 
+class WrongSizeError(WeightsError):
+    """A file is cut short, or goes on where it should end."""
+
+
 class TensorEntry(NamedTuple):
     """One tensor of a file.
 
@@ -103,6 +107,11 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorEntry, int]], dict[s
             header_size = int.from_bytes(file.read(8), "little")
             if header_size > _MAX_HEADER_BYTES:
                 raise ValueError(f"a header of {header_size} bytes")
+            file_size = path.stat().st_size
+            if file_size < 8 + header_size:
+                raise WrongSizeError(
+                    f"{path} has {file_size} bytes and ends within its header. Download it again."
+                )
             header: dict[str, dict[str, Any]] = json.loads(file.read(header_size))
         metadata = header.pop("__metadata__", {})
         entries = {
@@ -115,14 +124,13 @@ def _read_header(path: Path) -> tuple[dict[str, tuple[TensorEntry, int]], dict[s
         data_size = _add_up(
             (entries[name][0], *entry["data_offsets"]) for name, entry in header.items()
         )
-        file_size = path.stat().st_size
         described = {str(name): str(value) for name, value in metadata.items()}
     except OSError as error:
         raise WeightsError(f"{path} cannot be read: {error.strerror}. Check the path.") from error
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise WeightsError(f"{path} is not a safetensors file. Give one.") from error
     if file_size != 8 + header_size + data_size:
-        raise WeightsError(
+        raise WrongSizeError(
             f"{path} has {file_size} bytes where its header announces "
             f"{8 + header_size + data_size}. Download it again."
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import pickle
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +56,6 @@ _PICKLE_ERRORS = (
     *(RuntimeError, EOFError, ValueError, TypeError, LookupError, AttributeError),
     zipfile.BadZipFile,
 )
-_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _SCALES = (".scale_weight", ".weight_scale")  # in the naming of ComfyUI, old and new
 # How ComfyUI marks such a file, and the scales for multiplying in 8 bits, which is not done here.
 _MARKS = ("scaled_fp8",)
@@ -82,12 +81,25 @@ class LoadedTensors:
     """The content of weight files.
 
     Attributes:
-        tensors: Weights by the names of diffusers and transformers.
+        tensors: Weights by the names of diffusers and transformers, as they are stored.
         kernels: Blur kernels of the motion encoder, which the network makes itself.
+        scales: What weights in 8 bits are to be multiplied by, of their shapes.
     """
 
     tensors: Tensors
     kernels: Tensors
+    scales: Tensors = field(default_factory=dict)
+
+    def plain(self, key: str, dtype: torch.dtype) -> Tensor:
+        """A weight to compute with: times its scale, where it has one.
+
+        The product is formed in float32 and rounded once; without a scale nothing is rounded in
+        float16, bfloat16 and float32, which hold all numbers of 8 bits.
+        """
+        tensor = self.tensors[key]
+        if key in self.scales:
+            tensor = tensor.float() * self.scales[key]
+        return tensor.to(dtype)
 
 
 def read_stored(source: ModelSource, name: str) -> dict[str, Stored]:
@@ -112,7 +124,7 @@ def read_stored(source: ModelSource, name: str) -> dict[str, Stored]:
         }
     if paths[0].suffix == ".gguf":
         return _read_stored_gguf(source, paths[0])
-    loaded = load_tensors(source, name, torch.float32, device="meta")
+    loaded = load_tensors(source, name, device="meta")
     return {key: Stored(tuple(tensor.shape)) for key, tensor in loaded.tensors.items()}
 
 
@@ -134,15 +146,12 @@ def read_description(source: ModelSource, name: str) -> dict[str, Any]:
     return describe(name, shapes, source.label_of(name))
 
 
-def load_tensors(
-    source: ModelSource, name: str, dtype: torch.dtype, *, device: str = "cpu"
-) -> LoadedTensors:
-    """Read the weights of a network.
+def load_tensors(source: ModelSource, name: str, *, device: str = "cpu") -> LoadedTensors:
+    """Read the weights of a network, which are mapped as far as they are stored plainly.
 
     Args:
         source: From `hub.locate_model`.
         name: Of the network, as its folder in diffusers layout.
-        dtype: Of weights that are stored in 8 bits; others keep theirs. GGUF stays packed.
         device: "cpu", or "meta" to read no weights.
 
     Raises:
@@ -151,6 +160,7 @@ def load_tensors(
     """
     label = source.label_of(name)
     found: Tensors = {}
+    scales: Tensors = {}
     for path in source.weight_files(name):
         found |= _read_file(path, device)
     if name == "transformer":
@@ -162,8 +172,17 @@ def load_tensors(
                 "under two names. Give a complete Wan2.2-Animate checkpoint."
             )
         _refuse_whole_numbers(found, label)
-        found = _unscale(found, dtype, label)
-    return _convert(name, found, label)
+        found, scales = _split_scales(found, label)
+    if scales and device != "meta":
+        # They go the way of their weights, which may be renamed and split.
+        beside = {
+            key: scales.get(key, torch.empty(tensor.shape, device="meta"))
+            for key, tensor in found.items()
+        }
+        converted = _convert(name, beside, label).tensors
+        scales = {key: scale for key, scale in converted.items() if scale.device.type != "meta"}
+    loaded = _convert(name, found, label)
+    return replace(loaded, scales=scales)
 
 
 def _convert(name: str, found: Tensors, label: str) -> LoadedTensors:
@@ -249,30 +268,21 @@ def _refuse_whole_numbers(found: Tensors, label: str) -> None:
         )
 
 
-def _unscale(found: Tensors, dtype: torch.dtype, label: str) -> Tensors:
-    """Turn weights in 8 bits into numbers to compute with: weight times scale, where it has one.
-
-    A product is formed in float32 and rounded once; without a scale nothing is rounded in
-    bfloat16 and float32, which hold all numbers of 8 bits.
-    """
+def _split_scales(found: Tensors, label: str) -> tuple[Tensors, Tensors]:
+    """The weights, and the scales of those in 8 bits, expanded to their shapes without a copy."""
     plain: Tensors = {}
     scales: Tensors = {}
     for key, tensor in found.items():
         module, _, end = key.rpartition(".")
-        has_weight = f"{module}.weight" in found
-        if key in _MARKS or (has_weight and f".{end}" in _UNUSED):
+        weight = found.get(f"{module}.weight")
+        if key in _MARKS or (weight is not None and f".{end}" in _UNUSED):
             continue
-        if has_weight and f".{end}" in _SCALES:
-            scales[f"{module}.weight"] = tensor
+        if weight is not None and f".{end}" in _SCALES:
+            scale = _fit_scale(tensor, weight, f"{label}: {module}.weight")
+            scales[f"{module}.weight"] = scale.expand(weight.shape)
             continue
         plain[key] = tensor
-    for key, tensor in plain.items():
-        if key in scales:
-            scaled = tensor.float() * _fit_scale(scales[key], tensor, f"{label}: {key}")
-            plain[key] = scaled.to(dtype)
-        elif tensor.dtype in _FLOAT8:
-            plain[key] = tensor.to(dtype)
-    return plain
+    return plain, scales
 
 
 def _fit_scale(scale: Tensor, weight: Tensor, label: str) -> Tensor:

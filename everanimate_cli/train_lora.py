@@ -42,7 +42,7 @@ from everanimate_cli.lora_adapter import (
 from everanimate_cli.loss_plot import plot_losses
 from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.objective import correction_weight, training_pair, velocity_loss
-from everanimate_cli.offloading import check_package, place
+from everanimate_cli.offloading import check_package
 from everanimate_cli.pipeline import AnimatePipeline, peak_memory_mib
 from everanimate_cli.placement import Sizes, read_sizes
 from everanimate_cli.placement_settings import PRECISION_PACKAGES, Placement
@@ -453,10 +453,13 @@ def _prepare(
         return source, pipeline, pipeline.transformer
     if pipeline is not None:
         return source, None, pipeline.transformer
-    transformer = weights.load_transformer(work.source, torch.device("cpu"), dtype)
-    if not processes.shard_weights:  # what is shared out goes to its device part by part
-        place({"transformer": transformer}, placement, device)
-    return source, None, transformer
+    if processes.shard_weights:  # what is shared out goes to its device part by part
+        return source, None, weights.load_transformer(work.source, torch.device("cpu"), dtype)
+    return (
+        source,
+        None,
+        weights.load_shared_transformer(work.source, [], device, dtype, placement=placement),
+    )
 
 
 def _validation(work: _Work, pipeline: AnimatePipeline | None) -> Validate:

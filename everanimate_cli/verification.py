@@ -69,17 +69,20 @@ def verify(name: str, on_event: OnEvent) -> Verdict:
     num_hashed, problems = check_hashes(name, on_event)
     found = inspect_model(name)
     assert found.path is not None
-    try:
-        if found.kind == "lora":
-            _check_lora(name, found.path)
-        elif found.kind == "model":
-            check_checkpoint(_source(name, found.path))
-    except WeightsError as error:
-        problems.append(str(error).removeprefix(f"--model {name}").lstrip(": ").rstrip("."))
+    # What is missing or damaged fits no network anyway.
+    has_weights = found.kind in ("model", "lora") and not problems
+    if has_weights:
+        try:
+            if found.kind == "lora":
+                _check_lora(name, found.path)
+            else:
+                check_checkpoint(_source(name, found.path))
+        except WeightsError as error:
+            problems.append(str(error).removeprefix(f"--model {name}").lstrip(": ").rstrip("."))
     return Verdict(
         name=name,
         num_hashed=num_hashed,
-        has_weights=found.kind in ("model", "lora"),
+        has_weights=has_weights,
         problems=tuple(problems),
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -17,17 +18,17 @@ from everanimate_cli.checkpoint import (
     check_checkpoint,
     check_network,
     full_config,
+    packed_weights,
     refuse_misfits,
 )
 from everanimate_cli.errors import SettingsError, WeightsError
-from everanimate_cli.estimates import BLOCK_LINEAR
 from everanimate_cli.library_logs import quiet_libraries
-from everanimate_cli.lora import LoraFiles, fuse_loras, plan_lora, plan_loras
-from everanimate_cli.lora_adapter import FP8_DTYPE
-from everanimate_cli.lora_layers import attach_loras, choose_lora_mode
+from everanimate_cli.lora import LoraFiles, plan_lora, plan_loras
+from everanimate_cli.lora_layers import SeparateLoras, attach_loras, choose_lora_mode
 from everanimate_cli.model_folder import ModelSource
-from everanimate_cli.offloading import place
+from everanimate_cli.offloading import STREAMED, Placing, check_room
 from everanimate_cli.pipeline import AnimatePipeline
+from everanimate_cli.placement import read_sizes
 from everanimate_cli.placement_settings import Placement
 from everanimate_cli.records import LoraSpec
 from everanimate_cli.settings import Device, Dtype, LoraMode
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
     from everanimate_cli.transformer import EverAnimateTransformer3DModel
 
 _Loaded = TypeVar("_Loaded")
+_MIB = 2**20
 
 
 def choose_device(device: Device) -> torch.device:
@@ -139,10 +141,13 @@ def load_pipeline(  # noqa: PLR0913  # each says something else about what is lo
     }
     rota = None
     if "transformer" not in without:
-        networks["transformer"] = _load_with_loras(
-            source, loras, dtype, lora_mode, placement.precision
-        )
-        rota = place(networks, placement, device, folder=offload_folder)
+        if placement.offload == "disk" and offload_folder is not None:
+            stored = read_sizes(source).stored_mib("transformer", placement.precision, dtype)
+            streamed = [mib for key, mib in stored.items() if key.split(".")[0] in STREAMED]
+            check_room(_MIB * sum(streamed), offload_folder)
+        placing = Placing(placement, device, dtype, folder=offload_folder)
+        networks["transformer"] = _load_with_loras(source, loras, dtype, lora_mode, placing)
+        rota = placing.finish(networks)
     else:
         for network in networks.values():
             network.to(device)
@@ -186,10 +191,11 @@ def load_shared_transformer(
     Returns:
         The network in evaluation mode, without gradients.
     """
-    network = _load_with_loras(source, loras, dtype, lora_mode, placement.precision)
     if placement.offload == "model":  # there is none to make room for
         placement = replace(placement, offload="none")
-    place({"transformer": network}, placement, device)
+    placing = Placing(placement, device, dtype)
+    network = _load_with_loras(source, loras, dtype, lora_mode, placing)
+    placing.finish({"transformer": network})
     if network.dtype == torch.float32:
         network.merge_padding()  # as a pipeline does
     return network
@@ -312,37 +318,32 @@ def _load_with_loras(
     loras: Sequence[tuple[LoraSpec, Path]],
     dtype: torch.dtype,
     lora_mode: LoraMode,
-    precision: str,
+    placing: Placing,
 ) -> EverAnimateTransformer3DModel:
-    """The transformer in main memory, with all LoRAs."""
+    """The transformer with all LoRAs, each block stored and placed before the next is loaded."""
     files = [(path, spec.scale) for spec, path in loras]
     mode = choose_lora_mode(lora_mode, source)
-    if precision == "fp8" and mode == "fused":
-        return _load_in_8_bits(source, files, dtype)
-    network = cast("EverAnimateTransformer3DModel", _load_network(source, "transformer", dtype))
-    if mode == "separate":
-        attach_loras(network, files, check_network(source, "transformer"), dtype)
+    shapes = check_network(source, "transformer")
+    load = partial(assemble, source, "transformer", dtype)
+    if packed_weights(source):
+        network = load()
+        attach_loras(network, files, shapes, dtype)
+    elif mode == "separate":
+        with SeparateLoras(build_empty(source, "transformer"), files, shapes, dtype) as separate:
+
+            def finish(name: str, part: nn.Module) -> None:
+                separate.attach(name, part)
+                placing.take(name, part)
+
+            network = load(change=separate.change, finish=finish)
     else:
-        fuse_loras(network, files)
-    return network
+        found = plan_loras(files, shapes)
+        with LoraFiles(files) as opened:
 
+            def fuse(key: str, weight: Tensor) -> Tensor:
+                return opened.fuse(found[key], weight) if key in found else weight
 
-def _load_in_8_bits(
-    source: ModelSource, loras: Sequence[tuple[Path, float]], dtype: torch.dtype
-) -> EverAnimateTransformer3DModel:
-    """The transformer with LoRAs fused, each weight as `store_blocks_as_fp8` is about to keep it.
-
-    It never lies in memory as a whole in `dtype`, which takes twice as much.
-    """
-    found = plan_loras(loras, check_network(source, "transformer"))
-    with LoraFiles(loras) as files:
-
-        def store(key: str, weight: Tensor) -> Tensor:
-            if key in found:
-                weight = files.fuse(found[key], weight)
-            return weight.to(FP8_DTYPE) if BLOCK_LINEAR.fullmatch(key) else weight
-
-        network = assemble(source, "transformer", dtype, change=store)
+            network = load(change=fuse, finish=placing.take)
     return cast("EverAnimateTransformer3DModel", network.requires_grad_(False))
 
 

@@ -41,6 +41,9 @@ class Hub:
         break_after: Bytes of a large file after which the connection is lost, each time; after the
             first time everything is refused with `refused_then`.
         refused_then: See `break_after`; None goes on.
+        moves_to: What the branch `main` means after it was asked for once: a commit and its files,
+            by repository.
+        forgotten: Revisions that there are no more.
         requests: For repositories and files so far.
     """
 
@@ -50,7 +53,12 @@ class Hub:
     corrupted: set[str] = field(default_factory=set)
     break_after: int | None = None
     refused_then: tuple[int, dict[str, str]] | None = None
+    moves_to: dict[str, tuple[str, dict[str, bytes]]] = field(default_factory=dict)
+    forgotten: set[str] = field(default_factory=set)
     requests: list[Request] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._moved: set[str] = set()
 
     @property
     def num_requests(self) -> int:
@@ -73,10 +81,10 @@ class Hub:
 
     def answer(self, request: Request) -> Answer:
         api = re.fullmatch(
-            r"/api/models/(\w+/[\w.-]+)/(revision|tree)/([\w.]+)(?:\?.*)?", request.path
+            r"/api/models/([\w-]+/[\w.-]+)/(revision|tree)/([\w.]+)(?:\?.*)?", request.path
         )
-        file = re.fullmatch(r"/(\w+/[\w.-]+)/resolve/[\w.]+/(.+)", request.path)
-        stored = re.fullmatch(r"/cdn/(\w+/[\w.-]+)/(.+)", request.path)
+        file = re.fullmatch(r"/([\w-]+/[\w.-]+)/resolve/([\w.]+)/(.+)", request.path)
+        stored = re.fullmatch(r"/cdn/([\w-]+/[\w.-]+)/([^?]+)(?:\?(\w+))?", request.path)
         if not (api or file or stored):  # the library also asks about other things now and then
             return 404, {}, b""
         self.requests.append(request)
@@ -87,18 +95,30 @@ class Hub:
         if self.files_refused is not None:
             return *self.files_refused, b""
         if stored is not None:
-            return self.send_part(stored[1], stored[2], request.headers.get("Range"))
+            repository, name, commit = stored.groups(COMMIT)
+            return self.send_part(repository, commit, name, request.headers.get("Range"))
         assert file is not None
         # Another host to a client, to which tokens do not go.
         elsewhere = request.headers["Host"].replace("127.0.0.1", "localhost")
-        return self.send(file[1], file[2], f"http://{elsewhere}/cdn/{file[1]}/{file[2]}")
+        return self.send(*file.groups(), f"http://{elsewhere}/cdn/{file[1]}/{file[3]}")
+
+    def resolve(self, repository: str, revision: str) -> tuple[str, dict[str, bytes]]:
+        """Commit and files that a revision means now."""
+        later = self.moves_to.get(repository)
+        if later is not None and (
+            revision == later[0] or (revision == "main" and repository in self._moved)
+        ):
+            return later
+        return COMMIT, self.repositories[repository]
 
     def describe(self, repository: str, kind: str, revision: str) -> Answer:
-        files = self.repositories.get(repository)
-        if files is None:
+        if repository not in self.repositories:
             return 401, {"X-Error-Message": "Invalid username or password."}, b""
-        if revision not in REVISIONS:
+        known = (*REVISIONS, *(commit for commit, _ in self.moves_to.values()))
+        if revision not in known or revision in self.forgotten:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
+        commit, files = self.resolve(repository, revision)
+        self._moved.add(repository)
         described: object
         if kind == "revision":
             siblings = [
@@ -110,7 +130,7 @@ class Hub:
                 )
                 for name, data in files.items()
             ]
-            described = {"id": repository, "sha": COMMIT, "siblings": siblings}
+            described = {"id": repository, "sha": commit, "siblings": siblings}
         else:
             described = [
                 {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}
@@ -123,21 +143,22 @@ class Hub:
             ]
         return 200, {"Content-Type": "application/json"}, json.dumps(described).encode()
 
-    def send(self, repository: str, name: str, elsewhere: str) -> Answer:
+    def send(self, repository: str, revision: str, name: str, elsewhere: str) -> Answer:
         """A small file; for a large one, where it is."""
-        content = self.repositories[repository][name]
-        headers = {"X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        commit, files = self.resolve(repository, revision)
+        content = files[name]
+        headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         if not name.endswith(LARGE):
             return 200, headers | {"ETag": f'"{git_sha1(content)}"'}, content
         headers |= {
             "X-Linked-Etag": f'"{_sha256(content)}"',
             "X-Linked-Size": str(len(content)),
-            "Location": elsewhere,
+            "Location": elsewhere if commit == COMMIT else f"{elsewhere}?{commit}",
         }
         return 302, headers, b""
 
-    def send_part(self, repository: str, name: str, asked: str | None) -> Answer:
-        content = self.repositories[repository][name]
+    def send_part(self, repository: str, revision: str, name: str, asked: str | None) -> Answer:
+        content = self.resolve(repository, revision)[1][name]
         if name in self.corrupted:
             content = bytes([content[0] ^ 1]) + content[1:]
         if asked is None:

@@ -1,7 +1,8 @@
 r"""How fast and how large the full-size networks are on a card, beside what it could do at best.
 
     python tests/benchmarks/gpu.py [--parts step,vae,...] [--config full|toy] [--device cuda|cpu]
-        [--time-limit SECONDS] [--steps N] [--repeats N] [--json FILE]
+        [--time-limit SECONDS] [--steps N] [--repeats N] [--presets 8,16,...] [--json FILE]
+    python tests/benchmarks/gpu.py --merge FILE ... [--json FILE]
 
 Needs no weights and no network: the weights are drawn on the card, so that speed and memory are
 those of the released model and pictures are noise. Before anything is timed, the operations and the
@@ -13,18 +14,21 @@ parity      Each way to compute a step against float32, and the VAE against the 
 step        One Euler step at 832x480 with 77 frames and 4 identity slots.
 vae         What is computed once per chunk or run: VAE, CLIP, T5, faces.
 attention   A step, and attention alone, with each kernel that this machine has.
-compile     A step with compiled blocks.
+compile     A step with compiled blocks, with the fastest of those kernels and with torch's own.
 fp8         A step with weights stored in fp8, and with products in fp8 (needs torchao).
 cache       A step with the step cache when it skips as often as it may.
+presets     Each preset of `--vram` that fits, on a card that gives torch no more than one of that
+            size would beside its context. A preset exceeds if tensors take more than 1.1 times the
+            estimate, or torch and the context more than the card.
 chunk       Two whole chunks.
 toy         Three chunks of the embedded toy model, compared with those of the CPU: by `animate`, or
             without PyAV by the chunk loop alone.
-presets     Each preset of `--vram` that fits, held to the memory of its card; peaks beside the
-            estimate.
 
 Results are added to the JSON file one by one, so that a run that is cut off keeps what it has. A
-case that fails leaves its error there, the others go on, and the exit code is 1. With `--config
-toy` all of it runs on a CPU in two minutes, of which the figures mean nothing.
+case that fails leaves its error there and the others go on; one that exceeds a limit keeps its
+figures and is marked. In both cases the exit code is 1. Cases that would not end before the time
+limit are left out and named, with the command that runs them alone. With `--config toy` all of it
+runs on a CPU in two minutes, of which the figures mean nothing.
 
 On a bare machine with a card, from a checkout: torch, transformers, accelerate, peft, safetensors,
 huggingface_hub >= 1.32, numpy, OpenCV and Pillow are needed, and diffusers. Neither PyAV nor
@@ -41,11 +45,16 @@ and installed by
     pip install --no-index --no-deps --target site wheels/*.whl
     export PYTHONPATH=$PWD/site PYTHONUNBUFFERED=1
 
-In two calls of ten minutes on a card with 80 GB, with 128 GB of main memory:
+In three calls of ten minutes, each of which should take about seven on an H100 with 128 GB of main
+memory (by counting: 4 to 5 s a step, a minute for each compilation, half a minute for weights that
+wait in pinned memory), and a fourth anywhere that prints their figures as one:
 
-    python tests/benchmarks/gpu.py --parts parity,step,vae,attention,compile,fp8,cache \
+    python tests/benchmarks/gpu.py --parts parity,step,attention,compile \
         --time-limit 560 --json gpu-1.json
-    python tests/benchmarks/gpu.py --parts chunk,toy,presets --time-limit 560 --json gpu-2.json
+    python tests/benchmarks/gpu.py --parts fp8,cache,vae --time-limit 560 --json gpu-2.json
+    python tests/benchmarks/gpu.py --parts presets,chunk,toy --steps 8 \
+        --time-limit 560 --json gpu-3.json
+    python tests/benchmarks/gpu.py --merge gpu-1.json gpu-2.json gpu-3.json --json gpu.json
 """
 
 from __future__ import annotations
@@ -58,6 +67,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
@@ -66,10 +76,12 @@ import time
 import tomllib
 import traceback
 from collections import defaultdict
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cached_property, partial
 from importlib.metadata import PackageNotFoundError, version
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +92,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
     from everanimate_cli.pipeline import AnimatePipeline, Conditioning
     from everanimate_cli.rollout import Rollout
@@ -95,6 +107,8 @@ NUM_TEXT_TOKENS = 512
 NUM_USED_TEXT_TOKENS = 12  # about as many as the released prompt has
 TEMPORAL_STRIDE = 4
 SEED = 0
+COMPILE_S = 90.0  # cautiously, for all that is compiled of a transformer
+PARTS_OF_TRANSFORMER = ("blocks", "face_adapter")  # which loading finishes one by one
 _MIB = 2**20
 
 # Dense bfloat16 products with float32 sums [TFLOP/s] and memory bandwidth [GB/s], from the makers'
@@ -273,6 +287,7 @@ def build_network(
     dtype: torch.dtype,
     *,
     home: torch.device | None = None,
+    take: Callable[[str, nn.Module], None] | None = None,
 ) -> nn.Module:
     """A network with weights drawn on a device, in the dtypes that loading gives them.
 
@@ -282,14 +297,21 @@ def build_network(
         device: Where weights are drawn: always the same ones on the same kind of device.
         dtype: Of the network.
         home: Where the weights go; None leaves them there.
+        take: Called with each block and face adapter of a transformer as soon as it is drawn, under
+            its name such as "blocks.0"; they are still on `device` then, and this puts them where
+            they are to stay.
     """
     from everanimate_cli.checkpoint import dtype_in_memory  # noqa: PLC0415
 
     network = build_empty(setup, name)
-    home = home or device
     generator = torch.Generator(device).manual_seed(SEED)
+    modules = list(network.named_modules())
+    # The last module of each part that is taken, and the part; a part's modules follow each other.
+    ends = {} if take is None else {_last_module(part): key for key, part in _parts_of(network)}
     drawn: dict[Tensor, nn.Parameter] = {}  # one weight may have two places
-    for prefix, module in network.named_modules():
+    for prefix, module in modules:
+        is_taken = take is not None and prefix.split(".")[0] in PARTS_OF_TRANSFORMER
+        target = device if home is None or is_taken else home
         for own_name, parameter in module._parameters.items():
             if parameter is None:
                 continue
@@ -297,12 +319,29 @@ def build_network(
                 key = f"{prefix}.{own_name}" if prefix else own_name
                 value = torch.empty(parameter.shape, device=device)
                 _draw(value, module, own_name, generator)
-                value = value.to(dtype_in_memory(name, key, dtype)).to(home)
+                value = value.to(dtype_in_memory(name, key, dtype)).to(target)
                 drawn[parameter] = nn.Parameter(value, requires_grad=False)
             module._parameters[own_name] = drawn[parameter]
         for own_name, buffer in module._buffers.items():
-            module._buffers[own_name] = None if buffer is None else buffer.to(home)
+            module._buffers[own_name] = None if buffer is None else buffer.to(target)
+        if take is not None and module in ends:
+            part = ends[module]
+            take(part, network.get_submodule(part))
     return network
+
+
+def _parts_of(network: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Blocks and face adapters with their names."""
+    return [
+        (f"{name}.{index}", part)
+        for name in PARTS_OF_TRANSFORMER
+        for index, part in enumerate(getattr(network, name))
+    ]
+
+
+def _last_module(part: nn.Module) -> nn.Module:
+    *_, last = part.modules()
+    return last
 
 
 def _draw(value: Tensor, module: nn.Module, own_name: str, generator: torch.Generator) -> None:
@@ -332,7 +371,17 @@ def build_pipeline(
 ) -> AnimatePipeline:
     """A pipeline of random networks that are all on the device."""
     networks = {name: build_network(setup, name, device, dtype) for name in names}
+    use_best_attention(networks["transformer"], device, dtype)
     return assemble(networks, device)
+
+
+def use_best_attention(transformer: Any, device: torch.device, dtype: torch.dtype) -> str:
+    """Let a transformer compute attention as it does without any option; the kernel's name."""
+    from everanimate_cli.acceleration import choose_attention, use_attention  # noqa: PLC0415
+
+    name = choose_attention("auto", device, dtype)
+    use_attention(transformer, name)
+    return name
 
 
 def assemble(networks: Mapping[str, Any], device: torch.device, **given: Any) -> AnimatePipeline:
@@ -489,6 +538,14 @@ def step_work(
     return work
 
 
+def work_of(setup: Setup, dtype: torch.dtype) -> list[Work]:
+    """As `step_work`, of a network in a dtype as the pipeline computes it."""
+    # In float32 one token stands for all padding.
+    is_merged = dtype == torch.float32
+    num_text_tokens = NUM_USED_TEXT_TOKENS + 1 if is_merged else NUM_TEXT_TOKENS
+    return step_work(setup, num_text_tokens=num_text_tokens, itemsize=dtype.itemsize)
+
+
 def context_work(setup: Setup, *, num_text_tokens: int = NUM_TEXT_TOKENS) -> list[Work]:
     """What the first step of a chunk computes for all of them: text and image tokens."""
     config, inner = setup.config("transformer"), setup.inner_dim
@@ -604,8 +661,8 @@ class Card:
         versions: Of libraries.
         sheet_flops: Dense bfloat16 operations per second by the data sheet; None if unknown.
         sheet_bandwidth: Bytes per second by the data sheet; None if unknown.
-        measured_flops: Of a large matrix product, here.
-        measured_bandwidth: Of a large copy, bytes read and written, here.
+        measured_flops: Of a large matrix product, here; None if that failed.
+        measured_bandwidth: Of a large copy, bytes read and written, here; None if that failed.
     """
 
     name: str
@@ -615,18 +672,18 @@ class Card:
     versions: dict[str, str | None]
     sheet_flops: float | None
     sheet_bandwidth: float | None
-    measured_flops: float
-    measured_bandwidth: float
+    measured_flops: float | None
+    measured_bandwidth: float | None
 
     @property
     def peak_flops(self) -> float:
         """Of the data sheet where it is known."""
-        return self.sheet_flops or self.measured_flops
+        return self.sheet_flops or self.measured_flops or math.nan
 
     @property
     def peak_bandwidth(self) -> float:
         """Of the data sheet where it is known."""
-        return self.sheet_bandwidth or self.measured_bandwidth
+        return self.sheet_bandwidth or self.measured_bandwidth or math.nan
 
     def floor_s(self, flops: float, num_bytes: float = 0.0) -> float:
         """What no version is faster than."""
@@ -651,14 +708,8 @@ def describe_card(device: torch.device, dtype: torch.dtype) -> Card:
     versions = {package: _version(package) for package in packages}
     versions["cuda"] = torch.version.cuda
     versions["cudnn"] = str(torch.backends.cudnn.version()) if is_cuda else None
-    size = 8192 if is_cuda else 512
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    product_s = statistics.median(time_calls(lambda: left @ right, device, repeats=10, warmups=3))
-    source = torch.randn((2**29 if is_cuda else 2**22), device=device)
-    target = torch.empty_like(source)
-    copy_s = statistics.median(
-        time_calls(lambda: target.copy_(source), device, repeats=10, warmups=3)
-    )
+    flops, bandwidth = measure_ceilings(device, dtype)
+    give_back(device)
     return Card(
         name=name,
         date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -667,9 +718,30 @@ def describe_card(device: torch.device, dtype: torch.dtype) -> Card:
         versions=versions,
         sheet_flops=None if sheet is None else sheet[0],
         sheet_bandwidth=None if sheet is None else sheet[1],
-        measured_flops=2 * size**3 / product_s,
-        measured_bandwidth=2 * source.numel() * source.element_size() / copy_s,
+        measured_flops=flops,
+        measured_bandwidth=bandwidth,
     )
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> tuple[float | None, float | None]:
+    """Operations per second of a large matrix product, and bytes per second of a large copy.
+
+    None for what cannot be measured, such as on a card whose memory others have.
+    """
+    is_cuda = device.type == "cuda"
+    size = 8192 if is_cuda else 512
+    timed = partial(time_calls, device=device, repeats=10, warmups=3)
+    flops = bandwidth = None
+    try:
+        left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        flops = 2 * size**3 / statistics.median(timed(lambda: left @ right))
+        source = torch.randn((2**29 if is_cuda else 2**22), device=device)
+        target = torch.empty_like(source)
+        num_bytes = 2 * source.numel() * source.element_size()
+        bandwidth = num_bytes / statistics.median(timed(lambda: target.copy_(source)))
+    except RuntimeError as error:
+        sys.stderr.write(f"the card's ceilings: {error}\n")
+    return flops, bandwidth
 
 
 def _version(package: str) -> str | None:
@@ -720,14 +792,70 @@ def peak_mib(device: torch.device) -> float | None:
     return torch.cuda.max_memory_allocated(device) / _MIB if device.type == "cuda" else None
 
 
+def reserved_mib(device: torch.device) -> float | None:
+    """Most memory that torch kept for tensors since `forget_peak`; None without a card."""
+    return torch.cuda.max_memory_reserved(device) / _MIB if device.type == "cuda" else None
+
+
+def outside_mib(device: torch.device) -> float | None:
+    """A card's memory that torch does not count: context, kernels, libraries, other programs."""
+    if device.type != "cuda":
+        return None
+    free, whole = torch.cuda.mem_get_info(device)
+    return (whole - free - torch.cuda.memory_reserved(device)) / _MIB
+
+
+def count_shortages(device: torch.device) -> dict[str, int]:
+    """How often this process had to empty its cache for memory, and how often that was too little.
+
+    Empty without a card.
+    """
+    if device.type != "cuda":
+        return {}
+    stats = torch.cuda.memory_stats(device)
+    names = {"alloc_retries": "num_alloc_retries", "ooms": "num_ooms"}
+    return {own: int(stats.get(name, 0)) for own, name in names.items()}
+
+
+@contextmanager
+def held_to(limit_mib: float | None, card: Card, device: torch.device) -> Iterator[None]:
+    """Let torch take no more than a smaller card would leave to it.
+
+    Args:
+        limit_mib: Memory of the smaller card; None holds to nothing.
+        card: The larger one.
+        device: That card.
+    """
+    if limit_mib is None or card.memory_mib is None:
+        yield
+        return
+    # A context and its kernels would have to have their place there too.
+    left_mib = limit_mib - (outside_mib(device) or 0.0)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, left_mib / card.memory_mib)))
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+
+
 def give_back(device: torch.device) -> None:
-    """Free what nobody holds any more of a card's memory."""
-    if device.type == "cuda":
-        gc.collect()
-        torch.cuda.empty_cache()
+    """Free what nobody holds any more of a card's memory, and of main memory pinned for it."""
+    if device.type != "cuda":
+        return
+    gc.collect()
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    # Of torch's own, which has no public name in all releases.
+    empty_pinned = getattr(torch._C, "_host_emptyCache", None)
+    if empty_pinned is not None:
+        empty_pinned()
 
 
 # --- the run -------------------------------------------------------------------------------------
+
+
+# Preset of `--vram`: those first that tell most about their estimates.
+PRESET_ORDER = ("8", "16", "24", "12", "48", "80")
 
 
 class Report:
@@ -743,10 +871,15 @@ class Report:
         Args:
             path: JSON file; None writes none.
             head: What comes before the results.
+
+        Raises:
+            OSError: If it cannot be written.
         """
         self._path = path
-        self.record: dict[str, Any] = {**head, "results": []}
-        self._write()
+        self.record: dict[str, Any] = {**head, "parts": {}, "results": []}
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_record(path, self.record)
 
     @property
     def results(self) -> list[dict[str, Any]]:
@@ -761,16 +894,69 @@ class Report:
         shown = ", ".join(
             f"{name} {write_figure(name, value)}"
             for name, value in figures.items()
-            if name in COLUMNS or name in ("failed", "skipped")
+            if value is not None and (name in COLUMNS or name in REMARKS)
         )
         sys.stderr.write(f"{part}: {case}: {shown}\n")
+
+    def end_part(self, part: str, took_s: float) -> None:
+        """Keep and show how long a part took and what came of it."""
+        counts = count_results(self.results, part)
+        self.record["parts"][part] = {"took_s": took_s}
+        self._write()
+        words = ", ".join(f"{count} {name.replace('_', ' ')}" for name, count in counts.items())
+        sys.stderr.write(f"{part} took {took_s:.1f} s: {words}\n")
+
+    def note_rest(self, parts: Sequence[str]) -> None:
+        """Name the parts that were not even begun."""
+        for part in parts:
+            if part not in self.record["parts"]:
+                self.add(part, ALL, skipped="was not begun in time", late=True)
+                self.end_part(part, 0.0)
 
     def _write(self) -> None:
         if self._path is None:
             return
-        partial_path = self._path.with_name(self._path.name + ".part")
-        partial_path.write_text(json.dumps(self.record, indent=1) + "\n", encoding="utf-8")
-        partial_path.replace(self._path)
+        try:
+            write_record(self._path, self.record)
+        except OSError as error:  # a full disk, say: the tables are still to be printed
+            sys.stderr.write(f"{self._path} cannot be written: {error}\n")
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Write all figures, at once or not at all.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+    partial_path = path.with_name(path.name + ".part")
+    # What JSON has no form for must not cost all the other figures.
+    text = json.dumps(record, indent=1, default=str)
+    partial_path.write_text(text + "\n", encoding="utf-8")
+    partial_path.replace(path)
+
+
+def count_results(results: Sequence[Mapping[str, Any]], part: str) -> dict[str, int]:
+    """How many cases of a part were measured, failed and so on."""
+    counts = dict.fromkeys(("measured", "exceeded", "failed", "skipped", "left_out"), 0)
+    for each in results:
+        if each["part"] == part:
+            counts[_outcome(each)] += 1
+    return counts
+
+
+def _outcome(result: Mapping[str, Any]) -> str:
+    if result.get("late"):
+        return "left_out"
+    words = ("failed", "skipped", "exceeded")
+    return next((word for word in words if word in result), "measured")
+
+
+# What stands in place of several cases of a part.
+ALL, OTHERS, STEPS, CHUNKS = WHOLE = ("all cases", "other cases", "steps", "two chunks")
+
+
+class OutOfTimeError(BaseException):
+    """The time is over. No library must take it for an error that it can live with."""
 
 
 @dataclass(kw_only=True)
@@ -786,7 +972,9 @@ class Bench:
         num_steps: Euler steps of a whole chunk.
         repeats: Timed calls or steps per case.
         ends_s: `time.monotonic()` by which all must be over.
-        has_failed: Whether a case has.
+        presets: To measure, in this order.
+        has_failed: Whether a case has, or has exceeded a limit.
+        slowest_step_s: Of all steps measured so far; None before.
     """
 
     setup: Setup
@@ -797,7 +985,9 @@ class Bench:
     num_steps: int
     repeats: int
     ends_s: float
+    presets: Sequence[str] = PRESET_ORDER
     has_failed: bool = field(default=False, init=False)
+    slowest_step_s: float | None = field(default=None, init=False)
 
     @property
     def left_s(self) -> float:
@@ -807,10 +997,7 @@ class Bench:
     @cached_property
     def work(self) -> list[Work]:
         """Of a step, as the network computes it here."""
-        # In float32 one token stands for all padding.
-        is_merged = self.dtype == torch.float32
-        num_text_tokens = NUM_USED_TEXT_TOKENS + 1 if is_merged else NUM_TEXT_TOKENS
-        return step_work(self.setup, num_text_tokens=num_text_tokens, itemsize=self.dtype.itemsize)
+        return work_of(self.setup, self.dtype)
 
     @property
     def step_flops(self) -> int:
@@ -825,6 +1012,8 @@ class Bench:
     @property
     def likely_step_s(self) -> float:
         """A cautious guess of the seconds of a step."""
+        if self.slowest_step_s is not None:
+            return 1.25 * self.slowest_step_s
         return 4 * self.card.floor_s(self.step_flops, self.step_bytes)
 
     def case(
@@ -838,39 +1027,94 @@ class Bench:
             call: Gives the figures.
             needs_s: Time that it is likely to take; it is left out if less is left.
         """
-        if self.left_s < needs_s:
-            reason = f"needs about {needs_s:.0f} s, {max(0.0, self.left_s):.0f} s are left"
-            self.report.add(part, case, skipped=reason)
+        if self.is_late(part, case, needs_s):
             return
         started_s = time.monotonic()
+        before: dict[str, int] = {}
         try:
             give_back(self.device)
             forget_peak(self.device)
-            figures = call()
+            before = count_shortages(self.device)
+            figures = {**call(), "took_s": time.monotonic() - started_s}
+        except OutOfTimeError:
+            self._note_end(part, case)
         except Exception as error:  # the results of all other cases must not be lost with it
-            self._note_failure(part, case, error)
+            self._note_failure(part, case, error, self._memory_since(before))
         else:
-            self.report.add(part, case, **figures, took_s=time.monotonic() - started_s)
+            self.has_failed |= "exceeded" in figures
+            self.report.add(part, case, **{**self._memory_since(before), **figures})
+
+    def guard(self, part: str, case: str, call: Callable[[], Any]) -> Any:
+        """What a preparation gives; None if it fails, which is noted."""
+        try:
+            return call()
+        except Exception as error:  # as in `case`
+            self._note_failure(part, case, error)
+            return None
 
     def run_part(self, part: str) -> None:
         """Measure all cases of a part; that it cannot begin is no reason to give up the others."""
+        started_s = time.monotonic()
         try:
-            PARTS[part](self)
+            if not self.is_late(part, ALL, 0.0) and not self._is_lost(part):
+                PARTS[part](self)
+        except OutOfTimeError:
+            self._note_end(part, OTHERS)
         except Exception as error:  # as in `case`
-            self._note_failure(part, "all cases", error)
+            self._note_failure(part, ALL, error)
+        self.report.end_part(part, time.monotonic() - started_s)
 
-    def _note_failure(self, part: str, case: str, error: Exception) -> None:
+    def is_late(self, part: str, case: str, needs_s: float) -> bool:
+        """Whether a case is left out, which is noted, as it would not be done in time."""
+        left_s = self.left_s
+        if left_s > needs_s:
+            return False
+        reason = f"needs about {needs_s:.0f} s, {max(0.0, left_s):.0f} s are left"
+        self.report.add(part, case, skipped=reason, late=True)
+        return True
+
+    def _is_lost(self, part: str) -> bool:
+        """Whether nothing can run any more, which is noted: some errors of a card are for good."""
+        try:
+            synchronize(self.device)
+        except RuntimeError:
+            reason = "the card is lost to this process by an earlier error"
+            self.report.add(part, ALL, skipped=reason, late=True)
+            return True
+        return False
+
+    def _note_end(self, part: str, case: str) -> None:
+        self.ends_s = min(self.ends_s, time.monotonic())
+        self.report.add(part, case, skipped="was cut off at the end of the time", late=True)
+
+    def _memory_since(self, before: Mapping[str, int]) -> dict[str, Any]:
+        """What a case took of a card's memory; nothing without a card."""
+        after = count_shortages(self.device)
+        if not after:
+            return {}
+        shortages = {name: count - before.get(name, 0) for name, count in after.items()}
+        return {"reserved_mib": reserved_mib(self.device), **shortages}
+
+    def _note_failure(
+        self, part: str, case: str, error: Exception, figures: Mapping[str, Any] | None = None
+    ) -> None:
         self.has_failed = True
         text = (str(error).strip().splitlines() or [""])[0]
         trace = "".join(traceback.format_exception(error)).splitlines()
-        self.report.add(part, case, failed=f"{type(error).__name__}: {text}", trace=trace[-12:])
+        failed = f"{type(error).__name__}: {text}"
+        self.report.add(part, case, failed=failed, trace=trace[-12:], **(figures or {}))
 
     def leave_out(self, part: str, case: str, reason: str) -> None:
         """Note that a case cannot be measured on this machine."""
         self.report.add(part, case, skipped=reason)
 
     def rate(self, seconds: float, flops: float, num_bytes: float = 0.0) -> dict[str, Any]:
-        """Figures of a time: beside the floor, and the share of the card's peak."""
+        """Figures of a time: beside the floor, and the share of the card's peak.
+
+        The time alone if nothing is known of the work (0).
+        """
+        if not flops:
+            return {"seconds": seconds}
         floor_s = self.card.floor_s(flops, num_bytes)
         return {
             "seconds": seconds,
@@ -915,23 +1159,29 @@ class Bench:
         synchronize(self.device)
         steps = pipeline.denoise(draw_noise(self.setup), sigmas, conditioning, **given)
         seconds = []
+        first_peak_mib = None
         started_s = time.perf_counter()
         for latents in steps:
             synchronize(self.device)
             now_s = time.perf_counter()
             seconds.append(now_s - started_s)
             if len(seconds) == 1:
+                first_peak_mib = peak_mib(self.device)
                 forget_peak(self.device)
             is_finite = bool(latents.isfinite().all())
             started_s = time.perf_counter()
-        if not is_finite:
-            raise ArithmeticError("the latents are not finite")
-        return {
-            **self.rate(statistics.median(seconds[1:]), self.step_flops, self.step_bytes),
+        step_s = statistics.median(seconds[1:])
+        self.slowest_step_s = max(self.slowest_step_s or 0.0, step_s)
+        figures = {
+            **self.rate(step_s, self.step_flops, self.step_bytes),
             "first_s": seconds[0],
             "all_s": seconds[1:],
             "peak_mib": peak_mib(self.device),
+            "first_peak_mib": first_peak_mib,
         }
+        if not is_finite:
+            figures["exceeded"] = "the latents are not finite"
+        return figures
 
 
 # --- the parts -----------------------------------------------------------------------------------
@@ -944,15 +1194,12 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
 
 
 def compare(value: Tensor, expected: Tensor, limit: float) -> dict[str, Any]:
-    """Figures of a comparison.
-
-    Raises:
-        ArithmeticError: If the error is not below the limit.
-    """
+    """Figures of a comparison; with "exceeded" if the error is not below the limit."""
     error = relative_error(value, expected)
+    figures: dict[str, Any] = {"relative_error": error, "limit": limit}
     if not error <= limit:
-        raise ArithmeticError(f"relative error {error:.2e} is above {limit:.0e}")
-    return {"relative_error": error, "limit": limit}
+        figures["exceeded"] = f"relative error {error:.2e} is above {limit:.0e}"
+    return figures
 
 
 # One velocity, against float32.
@@ -966,8 +1213,8 @@ def run_parity(bench: Bench) -> None:
     """Each way to compute a velocity against float32, and the VAE against the CPU."""
     setup = bench.setup.shrunk()
     vae = build_network(setup, "vae", bench.device, torch.float32)
-    compare_velocities(bench, setup, vae)
-    compare_vae(bench, setup, vae)
+    bench.guard("parity", "velocities", partial(compare_velocities, bench, setup, vae))
+    bench.guard("parity", "VAE", partial(compare_vae, bench, setup, vae))
 
 
 def compare_velocities(bench: Bench, setup: Setup, vae: nn.Module) -> None:
@@ -977,7 +1224,7 @@ def compare_velocities(bench: Bench, setup: Setup, vae: nn.Module) -> None:
         enable_fp8_matmul,
         use_attention,
     )
-    from everanimate_cli.lora_adapter import store_blocks_as_fp8  # noqa: PLC0415
+    from everanimate_cli.narrow_linear import store_blocks_as_fp8  # noqa: PLC0415
 
     device = bench.device
     low = build_network(setup, "transformer", device, torch.bfloat16)
@@ -1018,14 +1265,20 @@ def compare_velocities(bench: Bench, setup: Setup, vae: nn.Module) -> None:
 
     def changed(change: Callable[[Any], None], limit: float) -> dict[str, Any]:
         network = copy.deepcopy(low)
-        change(network)
-        figures = compare(velocity(network), expected, limit)
-        torch._dynamo.reset()
-        return figures
+        try:
+            change(network)
+            return compare(velocity(network), expected, limit)
+        finally:
+            torch._dynamo.reset()
 
     ways: list[tuple[str, Callable[[Any], None], float, str | None]] = [
         ("weights stored in fp8", store_blocks_as_fp8, FP8_LIMIT, None),
-        ("products in fp8", enable_fp8_matmul, FP8_LIMIT, why_not_fp8(device, torch.bfloat16)),
+        (
+            "products in fp8",
+            partial(enable_fp8_matmul, device=device),
+            FP8_LIMIT,
+            why_not_fp8(device, torch.bfloat16),
+        ),
         ("compiled", compile_blocks, BF16_LIMIT, why_not_compile(device)),
     ]
     for name, change, limit, reason in ways:
@@ -1057,10 +1310,8 @@ def compare_vae(bench: Bench, setup: Setup, vae: Any) -> None:
             decoded = compare(on_device.decode(latents), frames, limit)
         finally:
             torch.backends.cudnn.allow_tf32 = before
-        return {
-            "relative_error": max(encoded["relative_error"], decoded["relative_error"]),
-            "limit": limit,
-        }
+        # A number that is none is larger than nothing, and exceeds.
+        return max(encoded, decoded, key=lambda each: ("exceeded" in each, each["relative_error"]))
 
     bench.case("parity", "VAE in float32", partial(against_cpu, tf32=False))
     if device.type == "cuda":
@@ -1117,50 +1368,58 @@ def build_for_steps(bench: Bench) -> tuple[AnimatePipeline, Conditioning]:
 
 def run_step(bench: Bench) -> None:
     """A step as it is computed without any option."""
-    from everanimate_cli.acceleration import choose_attention, use_attention  # noqa: PLC0415
 
     def plain() -> dict[str, Any]:
         pipeline, given = build_for_steps(bench)
-        attention = choose_attention("auto", bench.device, bench.dtype)
-        use_attention(pipeline.transformer, attention)
+        attention = use_best_attention(pipeline.transformer, bench.device, bench.dtype)
         return {"attention": attention, **bench.measure_steps(pipeline, given)}
 
     bench.case("step", "default", plain, needs_s=(1 + bench.repeats) * bench.likely_step_s)
 
 
-def run_attention(bench: Bench) -> None:
-    """A step, and self attention alone, with each kernel."""
+def usable_attention(bench: Bench) -> dict[str, str | None]:
+    """As `available_attention`, at the full size."""
+    setup = bench.setup
+    num_tokens = setup.num_slots * setup.tokens_per_slot
+    num_heads = int(setup.config("transformer").num_attention_heads)
+    scores_mib = num_heads * num_tokens**2 * bench.dtype.itemsize / _MIB
+    reasons = available_attention(bench.device, bench.dtype)
+    if bench.card.memory_mib is not None and 2 * scores_mib > bench.card.memory_mib:
+        reasons["sdpa-math"] = f"keeps the scores, {scores_mib:.0f} MiB"
+    return reasons
+
+
+def measure_attention(bench: Bench, name: str) -> dict[str, Any]:
+    """Self attention of one block, alone."""
     from diffusers.models.attention_dispatch import dispatch_attention_fn  # noqa: PLC0415
 
-    from everanimate_cli.acceleration import use_attention  # noqa: PLC0415
     from everanimate_cli.speed_settings import KERNELS  # noqa: PLC0415
 
-    setup, device = bench.setup, bench.device
+    setup, dtype = bench.setup, bench.dtype
     num_tokens = setup.num_slots * setup.tokens_per_slot
     config = setup.config("transformer")
     shape = (1, num_tokens, config.num_attention_heads, config.attention_head_dim)
-    whole = attention("", num_tokens, num_tokens, setup.inner_dim, itemsize=bench.dtype.itemsize)
-    scores_mib = config.num_attention_heads * num_tokens**2 * bench.dtype.itemsize / _MIB
-    reasons = available_attention(device, bench.dtype)
-    if bench.card.memory_mib is not None and 2 * scores_mib > bench.card.memory_mib:
-        reasons["sdpa-math"] = f"keeps the scores, {scores_mib:.0f} MiB"
-
-    def alone(name: str) -> dict[str, Any]:
-        tensors = [torch.randn(shape, device=device).to(bench.dtype) for _ in range(3)]
-        backend: Any = KERNELS[name].backend
+    work = attention("", num_tokens, num_tokens, setup.inner_dim, itemsize=dtype.itemsize)
+    tensors = [torch.randn(shape, device=bench.device).to(dtype) for _ in range(3)]
+    backend: Any = KERNELS[name].backend
+    with torch.no_grad():
         call = partial(dispatch_attention_fn, *tensors, backend=backend)
-        with torch.no_grad():
-            return bench.measure(call, whole.flops, repeats=5)
+        return bench.measure(call, work.flops, repeats=5)
 
+
+def run_attention(bench: Bench) -> None:
+    """A step, and self attention alone, with each kernel."""
+    from everanimate_cli.acceleration import use_attention  # noqa: PLC0415
+
+    reasons = usable_attention(bench)
     usable = [name for name, reason in reasons.items() if reason is None]
     for name, reason in reasons.items():
         if reason is None:
-            bench.case("attention", f"{name}, alone", partial(alone, name), needs_s=5.0)
+            call = partial(measure_attention, bench, name)
+            bench.case("attention", f"{name}, alone", call, needs_s=5.0)
         else:
             bench.leave_out("attention", name, reason)
-    needs_s = (1 + bench.repeats) * bench.likely_step_s
-    if bench.left_s < needs_s:
-        bench.leave_out("attention", "steps", f"{bench.left_s:.0f} s are left")
+    if bench.is_late("attention", STEPS, 10 + (1 + bench.repeats) * bench.likely_step_s):
         return
     pipeline, given = build_for_steps(bench)
     for name in usable:
@@ -1169,6 +1428,7 @@ def run_attention(bench: Bench) -> None:
             use_attention(pipeline.transformer, name)
             return bench.measure_steps(pipeline, given)
 
+        needs_s = (1 + bench.repeats) * bench.likely_step_s
         bench.case("attention", f"{name}, step", steps, needs_s=needs_s)
 
 
@@ -1190,26 +1450,37 @@ def run_compile(bench: Bench) -> None:
         finally:
             torch._dynamo.reset()
 
-    needs_s = 90 + (1 + bench.repeats) * bench.likely_step_s
+    if fastest_attention(bench.report.results) is None:  # this part runs alone
+        for name, missing in usable_attention(bench).items():
+            if missing is None:
+                call = partial(measure_attention, bench, name)
+                bench.case("compile", f"{name}, alone, not compiled", call, needs_s=5.0)
     fastest = fastest_attention(bench.report.results)
-    for name in dict.fromkeys(("sdpa", fastest or "sdpa")):
+    for name in dict.fromkeys((fastest or "sdpa", "sdpa")):
+        needs_s = COMPILE_S + (1 + bench.repeats) * bench.likely_step_s
         bench.case("compile", f"{name}, step", partial(compiled, name), needs_s=needs_s)
 
 
 def fastest_attention(results: Sequence[Mapping[str, Any]]) -> str | None:
-    """The kernel of the shortest step in part "attention"; None if that has no results."""
-    steps = {
-        each["case"].removesuffix(", step"): each["seconds"]
-        for each in results
-        if each["part"] == "attention" and each["case"].endswith(", step") and "seconds" in each
-    }
-    return min(steps, key=lambda name: steps[name], default=None)
+    """The kernel of the shortest step in part "attention", or else of the shortest time alone.
+
+    None if there are neither.
+    """
+    for part, ending in (("attention", ", step"), ("compile", ", alone, not compiled")):
+        seconds = {
+            each["case"].removesuffix(ending): each["seconds"]
+            for each in results
+            if each["part"] == part and each["case"].endswith(ending) and "seconds" in each
+        }
+        if seconds:
+            return min(seconds, key=lambda name: seconds[name])
+    return None
 
 
 def run_fp8(bench: Bench) -> None:
     """A step with weights or products in fp8, and one product alone."""
     from everanimate_cli.acceleration import compile_blocks, enable_fp8_matmul  # noqa: PLC0415
-    from everanimate_cli.lora_adapter import store_blocks_as_fp8  # noqa: PLC0415
+    from everanimate_cli.narrow_linear import store_blocks_as_fp8  # noqa: PLC0415
 
     needs_s = (1 + bench.repeats) * bench.likely_step_s
 
@@ -1230,12 +1501,13 @@ def run_fp8(bench: Bench) -> None:
 
     def multiplied(*, is_compiled: bool) -> dict[str, Any]:
         pipeline, given = build_for_steps(bench)
-        enable_fp8_matmul(pipeline.transformer)
-        if is_compiled:
-            compile_blocks(pipeline.transformer)
-        figures = bench.measure_steps(pipeline, given)
-        torch._dynamo.reset()
-        return figures
+        enable_fp8_matmul(pipeline.transformer, bench.device)
+        try:
+            if is_compiled:
+                compile_blocks(pipeline.transformer)
+            return bench.measure_steps(pipeline, given)
+        finally:
+            torch._dynamo.reset()
 
     for is_compiled in (False, True):
         case = "products in fp8, compiled" if is_compiled else "products in fp8"
@@ -1244,7 +1516,7 @@ def run_fp8(bench: Bench) -> None:
             bench.leave_out("fp8", case, missing)
             continue
         call = partial(multiplied, is_compiled=is_compiled)
-        bench.case("fp8", case, call, needs_s=needs_s + (90 if is_compiled else 0))
+        bench.case("fp8", case, call, needs_s=needs_s + (COMPILE_S if is_compiled else 0))
 
 
 def _multiplies_fp8(device: torch.device) -> bool:
@@ -1284,9 +1556,8 @@ def run_cache(bench: Bench) -> None:
     num_steps = max(4, bench.num_steps // 2)
     # Ratios of 1 leave no error, so that only the rules of the plan keep steps from being skipped.
     skips = plan_skips([1.0] * num_steps, threshold=1.0)
-    needs_s = (num_steps + 2) * bench.likely_step_s
-    if bench.left_s < needs_s:
-        bench.leave_out("cache", "steps", f"{bench.left_s:.0f} s are left")
+    # Some are skipped, and before those the ratios are measured.
+    if bench.is_late("cache", STEPS, 10 + (num_steps + 2) * bench.likely_step_s):
         return
     pipeline, given = build_for_steps(bench)
 
@@ -1326,19 +1597,23 @@ def run_vae(bench: Bench) -> None:
     from everanimate_cli.acceleration import use_channels_last  # noqa: PLC0415
 
     setup, device = bench.setup, bench.device
-    flops = once_flops(setup)
+    # Times are worth something without them.
+    flops = bench.guard("vae", "counting operations", partial(once_flops, setup))
+    flops = defaultdict(int, flops or {})
 
     def text() -> dict[str, Any]:
-        encoder: Any = build_network(setup, "text_encoder", device, bench.dtype)
-        ids = torch.randint(1, 100, (1, NUM_TEXT_TOKENS), device=device)
-        mask = (torch.arange(NUM_TEXT_TOKENS, device=device) < NUM_USED_TEXT_TOKENS).long()[None]
-        with torch.no_grad():
-            return bench.measure(partial(encoder, ids, attention_mask=mask), flops[prompt])
+        encoder = build_network(setup, "text_encoder", device, bench.dtype)
+        return bench.measure(partial(encode_text, encoder, device), flops[prompt])
 
     prompt = "T5, one prompt"
     bench.case("vae", prompt, text, needs_s=20.0)
     height, width, frames = setup.height, setup.width, setup.frames_per_chunk
-    pipeline = build_pipeline(setup, device, bench.dtype)
+    networks = {
+        name: build_network(setup, name, device, bench.dtype) for name in ("vae", "image_encoder")
+    }
+    # Only what encodes faces is used of it.
+    networks["transformer"] = build_network(setup.shrunk(), "transformer", device, bench.dtype)
+    pipeline = assemble(networks, device)
     generator = torch.Generator().manual_seed(SEED)
     pixels = torch.rand(1, 3, frames, height, width, generator=generator).to(device) * 2 - 1
     latents = draw_noise(setup)[:, :, setup.num_identity_slots :].to(device)
@@ -1385,6 +1660,14 @@ def run_vae(bench: Bench) -> None:
             bench.case("vae", f"{name}, {form}", call, needs_s=20.0)
 
 
+def encode_text(encoder: Any, device: torch.device) -> None:
+    """Run a text encoder on a prompt of random words."""
+    ids = torch.randint(1, 100, (1, NUM_TEXT_TOKENS), device=device)
+    mask = (torch.arange(NUM_TEXT_TOKENS, device=device) < NUM_USED_TEXT_TOKENS).long()[None]
+    with torch.no_grad():
+        encoder(ids, attention_mask=mask)
+
+
 def _use_channels_first(vae: nn.Module) -> None:
     """Undo `acceleration.use_channels_last`."""
     for module in vae.modules():
@@ -1428,10 +1711,10 @@ def run_chunk(bench: Bench) -> None:
 
     setup, device = bench.setup, bench.device
     # As many steps as there is time for, should that not be all of them.
-    fitting = (bench.left_s - 60) / (2 * bench.likely_step_s)
-    if fitting < 1:
-        bench.leave_out("chunk", "two chunks", f"{bench.left_s:.0f} s are left")
+    beside_s = min(60.0, 30 * bench.likely_step_s)
+    if bench.is_late("chunk", CHUNKS, beside_s + 2 * bench.likely_step_s):
         return
+    fitting = (bench.left_s - beside_s) / (2 * bench.likely_step_s)
     steps = int(min(bench.num_steps, fitting))
     pipeline = build_pipeline(setup, device, bench.dtype)
     rollout = build_chunks(bench, pipeline, 2, steps)
@@ -1487,9 +1770,11 @@ def run_toy(bench: Bench) -> None:
             frames = make(bench.device, dtype)
             seconds = time.perf_counter() - started_s
             difference = np.abs(frames.astype(int) - expected).mean()
+            figures: dict[str, Any] = {}
             if not difference <= limit:
-                raise ArithmeticError(f"values differ by {difference:.2f} on average")
+                figures["exceeded"] = f"values differ by {difference:.2f} on average"
             return {
+                **figures,
                 "seconds": seconds,
                 "frames": len(frames),
                 "mean_difference": float(difference),
@@ -1618,7 +1903,7 @@ def animate_toy(folder: Path, device: torch.device, dtype: torch.dtype) -> Frame
 
 
 def run_presets(bench: Bench) -> None:
-    """Each preset: a picture, a step, a chunk's frames, on a card held to its size."""
+    """Each preset: a prompt, a picture, a step, a chunk's frames, on a card held to its size."""
     from everanimate_cli.hub import locate_model  # noqa: PLC0415
     from everanimate_cli.placement import Job, estimate, read_sizes, released_sizes  # noqa: PLC0415
     from everanimate_cli.placement_settings import PRESETS  # noqa: PLC0415
@@ -1636,75 +1921,161 @@ def run_presets(bench: Bench) -> None:
         num_identity_slots=setup.num_identity_slots,
         dtype=bench.dtype,
     )
-    for name, placement in PRESETS.items():
-        needed = estimate(sizes, placement, job, has_streams=device.type == "cuda")
+    for name in bench.presets:
+        placement = PRESETS[name]
         memory_mib = bench.card.memory_mib
         limit_mib = None if memory_mib is None else int(name) * 1e9 / _MIB
         if memory_mib is not None and limit_mib is not None and limit_mib > memory_mib:
             bench.leave_out("presets", name, f"the card has {memory_mib:.0f} MiB")
             continue
-        call = partial(_measure_preset, bench, placement, needed, limit_mib)
-        bench.case("presets", name, call, needs_s=40 + 4 * bench.likely_step_s)
+        has_streams = device.type == "cuda"
+        plan = partial(estimate, sizes, placement, job, has_streams=has_streams)
+        needed = bench.guard("presets", f"{name}, estimate", plan)
+        if needed is not None:
+            call = partial(_measure_preset, bench, placement, needed, limit_mib)
+            bench.case("presets", name, call, needs_s=45 + 4 * bench.likely_step_s)
+
+
+# What may be taken beside the tensors that an estimate counts: a share of it, and what cuBLAS takes
+# even for the smallest network.
+ESTIMATE_FACTOR, ESTIMATE_SLACK_MIB = 1.1, 128.0
+
+
+class PhasePeaks:
+    """Most memory of a card in each phase of a chunk.
+
+    Attributes:
+        allocated_mib: In tensors, by phase; None without a card.
+        reserved_mib: Kept by torch for them.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Take nothing yet."""
+        self._device = device
+        self.allocated_mib: dict[str, float | None] = {}
+        self.reserved_mib: dict[str, float | None] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Keep the peaks of what is done inside; of those forgotten there, `raise_to` tells.
+
+        Memory that torch keeps is left to it from phase to phase, as in a run.
+        """
+        synchronize(self._device)
+        forget_peak(self._device)
+        yield
+        synchronize(self._device)
+        self.raise_to(name, peak_mib(self._device))
+        self.reserved_mib[name] = reserved_mib(self._device)
+
+    def raise_to(self, name: str, value_mib: float | None) -> None:
+        """Take another peak of a phase into account."""
+        self.allocated_mib[name] = _largest([self.allocated_mib.get(name), value_mib])
+
+
+def _largest(values: Iterable[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
 
 
 def _measure_preset(
     bench: Bench, placement: Any, needed: Any, limit_mib: float | None
 ) -> dict[str, Any]:
     """Peaks of the phases of a chunk beside their estimates, and the seconds of a step."""
-    from everanimate_cli.offloading import place  # noqa: PLC0415
+    from everanimate_cli.offloading import Placing  # noqa: PLC0415
 
-    setup, device = bench.setup, bench.device
+    setup, device, dtype = bench.setup, bench.device, bench.dtype
     cpu = torch.device("cpu")
-    names = ("transformer", "vae", "image_encoder")
-    networks = {name: build_network(setup, name, device, bench.dtype, home=cpu) for name in names}
-    give_back(device)
-    if limit_mib is not None and bench.card.memory_mib is not None:
-        share = limit_mib / bench.card.memory_mib
-        torch.cuda.set_per_process_memory_fraction(share)
-    try:
+    encoder = None
+    if placement.text_device == "device":
+        encoder = build_network(setup, "text_encoder", device, dtype)
+    give_back(device)  # weights are drawn in float32, which no run does
+    peaks = PhasePeaks(device)
+    before = count_shortages(device)
+    with held_to(limit_mib, bench.card, device):
+        if encoder is not None:
+            with peaks.phase("text"):
+                encode_text(encoder, device)
+            encoder = None
+            give_back(device)
         started_s = time.perf_counter()
-        rota = place(networks, placement, device)
+        placing = Placing(placement, device, dtype)
+        networks = {
+            "transformer": build_network(
+                setup, "transformer", device, dtype, home=cpu, take=placing.take
+            ),
+            "vae": build_network(setup, "vae", device, dtype, home=cpu),
+            "image_encoder": build_network(setup, "image_encoder", device, dtype, home=cpu),
+        }
+        use_best_attention(networks["transformer"], device, dtype)
+        rota = placing.finish(networks)
         synchronize(device)
         place_s = time.perf_counter() - started_s
-        tiled = placement.tile_decoding
-        pipeline = assemble(networks, device, rota=rota, tile_decoding=tiled)
+        pipeline = assemble(networks, device, rota=rota, tile_decoding=placement.tile_decoding)
         picture_u8 = draw_frames(1, setup.height, setup.width)[0]
         pose_u8 = draw_frames(setup.frames_per_chunk, setup.height, setup.width)
         latents = draw_noise(setup)[:, :, setup.num_identity_slots :]
-        peaks: dict[str, float | None] = {}
-        forget_peak(device)
-        pipeline.encode_clip(picture_u8)
-        pipeline.encode_video(torch.from_numpy(pose_u8).permute(3, 0, 1, 2)[None] / 127.5 - 1)
-        synchronize(device)
-        peaks["encode"] = peak_mib(device)
-        given = draw_conditioning(setup, device, bench.dtype)
-        figures = bench.measure_steps(pipeline, given, num_steps=min(2, bench.repeats))
-        peaks["denoise"] = figures["peak_mib"]
-        forget_peak(device)
-        started_s = time.perf_counter()
-        pipeline.decode(latents)
-        synchronize(device)
-        decode_s = time.perf_counter() - started_s
-        peaks["decode"] = peak_mib(device)
-        reserved = torch.cuda.max_memory_reserved(device) / _MIB if limit_mib else None
-    finally:
-        if limit_mib is not None:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-    estimated = max(needed.phases_mib[phase] for phase in peaks)
-    measured = [value for value in peaks.values() if value is not None]
-    return {
-        **figures,
-        "peak_mib": max(measured) if measured else None,
-        "estimate_mib": estimated,
+        drawn = draw_conditioning(setup, cpu, dtype)
+        give_back(device)
+        with peaks.phase("encode"):
+            pipeline.encode_clip(picture_u8)
+            pipeline.encode_pose(pose_u8)
+        with peaks.phase("denoise"):
+            tensors = {name: value for name, value in vars(drawn).items() if value is not None}
+            given = replace(drawn, **{name: value.to(device) for name, value in tensors.items()})
+            figures = bench.measure_steps(pipeline, given, num_steps=min(2, bench.repeats))
+            peaks.raise_to("denoise", figures["first_peak_mib"])
+        del given
+        with peaks.phase("decode"):
+            started_s = time.perf_counter()
+            pipeline.decode(latents)
+            synchronize(device)
+            decode_s = time.perf_counter() - started_s
+    shortages = {name: count - before[name] for name, count in count_shortages(device).items()}
+    figures |= {
+        **shortages,
+        "peak_mib": _largest(peaks.allocated_mib.values()),
+        "estimate_mib": max(needed.phases_mib[phase] for phase in peaks.allocated_mib),
         "needed_mib": needed.needed_mib,
-        "reserved_mib": reserved,
-        "phase_peaks_mib": peaks,
+        "reserved_mib": _largest(peaks.reserved_mib.values()),
+        "outside_mib": outside_mib(device),
+        "phase_peaks_mib": peaks.allocated_mib,
+        "phase_reserved_mib": peaks.reserved_mib,
         "phase_estimates_mib": needed.phases_mib,
         "limit_mib": limit_mib,
         "place_s": place_s,
         "decode_s": decode_s,
         "placement": placement.describe(),
     }
+    if rota is not None and rota.notes():
+        figures["note"] = "; ".join(rota.notes())
+    reasons = [figures["exceeded"]] if "exceeded" in figures else []
+    reasons += exceeded_memory(figures)
+    return {**figures, "exceeded": "; ".join(reasons)} if reasons else figures
+
+
+def exceeded_memory(figures: Mapping[str, Any]) -> list[str]:
+    """In what a preset takes more than it may, in words.
+
+    Args:
+        figures: In MiB: "peak_mib" beside "estimate_mib"; "reserved_mib" and "outside_mib" together
+            beside "limit_mib". Without a card all but the estimate are None.
+    """
+    reasons = []
+    peak, estimated = figures["peak_mib"], figures["estimate_mib"]
+    allowed = max(ESTIMATE_FACTOR * estimated, estimated + ESTIMATE_SLACK_MIB)
+    if peak is not None and peak > allowed:
+        reasons.append(
+            f"peak of {peak:.0f} MiB, {peak / estimated:.2f} times the estimate of "
+            f"{estimated:.0f} MiB"
+        )
+    reserved, limit = figures["reserved_mib"], figures["limit_mib"]
+    outside = figures["outside_mib"] or 0.0
+    if reserved is not None and limit is not None and reserved + outside > limit:
+        reasons.append(
+            f"{reserved:.0f} MiB reserved and {outside:.0f} MiB beside them on a card of "
+            f"{limit:.0f} MiB"
+        )
+    return reasons
 
 
 PARTS: dict[str, Callable[[Bench], None]] = {
@@ -1715,9 +2086,9 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "compile": run_compile,
     "fp8": run_fp8,
     "cache": run_cache,
+    "presets": run_presets,
     "chunk": run_chunk,
     "toy": run_toy,
-    "presets": run_presets,
 }
 
 
@@ -1739,7 +2110,12 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "frames_per_s": ("frames / s", "{:.2f}".format),
     "peak_mib": ("peak MiB", "{:.0f}".format),
     "estimate_mib": ("estimate MiB", "{:.0f}".format),
-    "limit_mib": ("held to MiB", "{:.0f}".format),
+    "reserved_mib": ("reserved MiB", "{:.0f}".format),
+    "outside_mib": ("context MiB", "{:.0f}".format),
+    "limit_mib": ("card MiB", "{:.0f}".format),
+    "alloc_retries": ("retries", "{}".format),
+    "ooms": ("OOMs", "{}".format),
+    "place_s": ("place s", "{:.1f}".format),
     "decode_s": ("decode s", "{:.2f}".format),
     "relative_error": ("relative error", "{:.1e}".format),
     "mean_difference": ("mean difference", "{:.3f}".format),
@@ -1751,7 +2127,14 @@ def write_figure(name: str, value: Any) -> str:
     """A figure as it stands in a table."""
     if value is None:
         return ""
-    return COLUMNS[name][1](value) if name in COLUMNS else str(value)
+    try:
+        return COLUMNS[name][1](value)
+    except (KeyError, TypeError, ValueError):  # no column, or no number
+        return str(value)
+
+
+# What stands below a table, not in it.
+REMARKS = ("failed", "exceeded", "skipped", "note")
 
 
 def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -1765,23 +2148,54 @@ def lay_out_results(results: Sequence[Mapping[str, Any]]) -> str:
     texts = []
     for part in dict.fromkeys(result["part"] for result in results):
         of_part = [result for result in results if result["part"] == part]
-        measured = [each for each in of_part if "failed" not in each and "skipped" not in each]
+        measured = [each for each in of_part if _outcome(each) in ("measured", "exceeded")]
         names = [name for name in COLUMNS if any(each.get(name) is not None for each in measured)]
         if measured:
             head = [part, *(COLUMNS[name][0] for name in names)]
             lines = [
-                [each["case"], *(write_figure(name, each.get(name)) for name in names)]
+                [_case_cell(each), *(write_figure(name, each.get(name)) for name in names)]
                 for each in measured
             ]
             texts.append(table(head, lines))
         texts += [
             # What to do about it stands in the JSON file.
-            f"{part}, {each['case']}: {word}: {each[word].partition('. ')[0]}\n"
+            f"{part}, {each['case']}: {word}: {str(each[word]).partition('. ')[0]}\n"
             for each in of_part
-            for word in ("failed", "skipped")
+            for word in REMARKS
             if word in each
         ]
     return "\n".join(texts)
+
+
+def _case_cell(result: Mapping[str, Any]) -> str:
+    return f"{result['case']} (EXCEEDED)" if "exceeded" in result else str(result["case"])
+
+
+def lay_out_parts(
+    parts: Mapping[str, Mapping[str, Any]], results: Sequence[Mapping[str, Any]]
+) -> str:
+    """How long each part took and what came of it; a part that was killed has no time."""
+    lines = []
+    for part in dict.fromkeys([*parts, *(each["part"] for each in results)]):
+        counts = count_results(results, part)
+        took_s = f"{parts[part]['took_s']:.1f}" if part in parts else ""
+        lines.append([part, took_s, *map(str, counts.values())])
+    head = ["part", "s", "measured", "exceeded", "failed", "skipped", "left out"]
+    return table(head, lines) if lines else ""
+
+
+def lay_out_left_out(results: Sequence[Mapping[str, Any]]) -> str:
+    """What there was no time for, or no card any more, and how to run it alone."""
+    late = [each for each in results if each.get("late")]
+    if not late:
+        return ""
+    names = "; ".join(f"{each['part']}: {each['case']}" for each in late)
+    words = ["--parts", ",".join(dict.fromkeys(each["part"] for each in late))]
+    presets = [each["case"] for each in late if each["case"] in PRESET_ORDER]
+    if presets:
+        words += ["--presets", ",".join(presets)]
+    command = " ".join(words)
+    return f"Left out: {names}. Alone: python tests/benchmarks/gpu.py {command}\n"
 
 
 def lay_out_floor(work: Sequence[Work], card: Card) -> str:
@@ -1816,10 +2230,11 @@ def lay_out_card(card: Card) -> str:
         if card.sheet_flops is None or card.sheet_bandwidth is None
         else f"{card.sheet_flops / 1e12:.0f} TFLOP/s and {card.sheet_bandwidth / 1e9:.0f} GB/s"
     )
+    flops, bandwidth = card.measured_flops or math.nan, card.measured_bandwidth or math.nan
     return (
         f"{card.name}{memory}{driver}; {versions}; {card.date}.\n"
-        f"Data sheet: {sheet}. Measured: {card.measured_flops / 1e12:.4g} TFLOP/s in a large "
-        f"product, {card.measured_bandwidth / 1e9:.4g} GB/s in a large copy.\n"
+        f"Data sheet: {sheet}. Measured: {flops / 1e12:.4g} TFLOP/s in a large product, "
+        f"{bandwidth / 1e9:.4g} GB/s in a large copy.\n"
     )
 
 
@@ -1845,7 +2260,7 @@ def make_importable(folder: Path) -> None:
 
 
 def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
-    """Checked options; `parts` is a list."""
+    """Checked options; `parts` and `presets` are lists."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -1854,17 +2269,35 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], help="default: cuda if there is one")
     parser.add_argument("--time-limit", type=float, default=math.inf, help="seconds for it all")
     parser.add_argument("--steps", type=int, help="Euler steps of a chunk; default: the model's")
-    parser.add_argument("--repeats", type=int, default=3, help="timed calls or steps per case")
+    parser.add_argument("--repeats", type=int, default=2, help="timed calls or steps per case")
+    parser.add_argument(
+        "--presets", default=",".join(PRESET_ORDER), help="of part presets, joined by commas"
+    )
     parser.add_argument("--json", type=Path, help="file for all figures")
+    parser.add_argument(
+        "--merge",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="measure nothing; print the tables of several --json files as one",
+    )
     options = parser.parse_args(words)
-    options.parts = options.parts.split(",")
-    unknown = [name for name in options.parts if name not in PARTS]
-    if unknown:
-        parser.error(f"--parts {unknown[0]} is unknown. Known: {', '.join(PARTS)}.")
+    for name, known in (("parts", list(PARTS)), ("presets", list(PRESET_ORDER))):
+        values = getattr(options, name).split(",")
+        unknown = [value for value in values if value not in known]
+        if unknown:
+            parser.error(f"--{name} {unknown[0]} is unknown. Known: {', '.join(known)}.")
+        setattr(options, name, values)
     for name in ("time_limit", "steps", "repeats"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             parser.error(f"--{name.replace('_', '-')} {value:g} is not above 0.")
+    if options.merge:
+        try:
+            options.merge = merge_records([read_record(path) for path in options.merge])
+        except ValueError as error:
+            parser.error(f"--merge: {error}")
+        return options
     has_cuda = torch.cuda.is_available()
     options.device = options.device or ("cuda" if has_cuda else "cpu")
     if options.device == "cuda" and not has_cuda:
@@ -1874,14 +2307,116 @@ def parse_options(words: Sequence[str] | None = None) -> argparse.Namespace:
     return options
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """What a run has written.
+
+    Raises:
+        ValueError: If the file is none of this script.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        lay_out(record)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is no file of this script ({reason})") from error
+    return record  # type: ignore[no-any-return]
+
+
+def merge_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several runs as one.
+
+    A case that two runs measured is that of the later file, unless only the earlier has figures.
+
+    Raises:
+        ValueError: If they measured on different cards, or different things.
+    """
+    first = dict(records[0])
+    for what, of in (("card", lambda each: each["card"]["name"]), ("work", itemgetter("title"))):
+        for record in records:
+            if of(record) != of(first):
+                raise ValueError(f"not the same {what}: {of(first)} and {of(record)}")
+    cases: dict[tuple[str, str], Mapping[str, Any]] = {}
+    parts: dict[str, dict[str, Any]] = {}
+    for record in records:
+        run_elsewhere = {
+            each["part"]
+            for other in records
+            if other is not record
+            for each in other["results"]
+            if not each.get("late")
+        }
+        for each in record["results"]:
+            if each.get("late") and each["case"] in WHOLE and each["part"] in run_elsewhere:
+                continue
+            key = (each["part"], each["case"])
+            if _outcome(each) in ("measured", "exceeded") or key not in cases:
+                cases[key] = each
+        for part, figures in record["parts"].items():
+            took_s = parts.get(part, {}).get("took_s", 0.0) + figures["took_s"]
+            parts[part] = {"took_s": took_s}
+    dates = dict.fromkeys(record["card"]["date"] for record in records)
+    return {
+        **first,
+        "card": {**first["card"], "date": ", ".join(dates)},
+        "parts": parts,
+        "results": list(cases.values()),
+    }
+
+
+def lay_out(record: Mapping[str, Any]) -> str:
+    """All tables of a run, or of several as one."""
+    card = Card(**record["card"])
+    work = [Work(**each) for each in record["work"]]
+    texts = [
+        lay_out_card(card),
+        f"{record['title']}\n",
+        lay_out_floor(work, card),
+        lay_out_results(record["results"]),
+        lay_out_parts(record["parts"], record["results"]),
+        lay_out_left_out(record["results"]),
+    ]
+    return "\n".join(text for text in texts if text)
+
+
+@contextmanager
+def timed_out_at(bench: Bench) -> Iterator[None]:
+    """Cut off what is still at work at the end of the time, or when the program is asked to stop.
+
+    A case that hangs in Python, such as a compilation, then costs no other case its figures.
+    """
+
+    def ring(*_: object) -> None:
+        bench.ends_s = min(bench.ends_s, time.monotonic())
+        raise OutOfTimeError
+
+    if not hasattr(signal, "setitimer"):  # Windows
+        yield
+        return
+    before = {each: signal.signal(each, ring) for each in (signal.SIGALRM, signal.SIGTERM)}
+    if math.isfinite(bench.left_s):
+        # Again and again, as there is code from which no exception gets out.
+        signal.setitimer(signal.ITIMER_REAL, max(bench.left_s, 1e-3), 5.0)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Measure what was asked for and print the tables.
 
     Returns:
-        Exit code: 1 if a case failed.
+        Exit code: 1 if a case failed or exceeded a limit.
     """
     started_s = time.monotonic()
     options = parse_options(words)
+    if options.merge:
+        if options.json is not None:
+            write_record(options.json, options.merge)
+        sys.stdout.write(lay_out(options.merge))
+        return 0
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as folder:
         make_importable(Path(folder))
@@ -1889,8 +2424,19 @@ def main(words: Sequence[str] | None = None) -> int:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         setup = SETUPS[options.config]()
         card = describe_card(device, dtype)
+        title = (
+            f"{setup.width}x{setup.height}, {setup.frames_per_chunk} frames per chunk, "
+            f"{setup.num_identity_slots} identity slots, {options.config} networks with random "
+            f"weights in {str(dtype).removeprefix('torch.')}."
+        )
         report = Report(
-            options.json, card=asdict(card), config=options.config, device=options.device
+            options.json,
+            card=asdict(card),
+            config=options.config,
+            device=options.device,
+            title=title,
+            repeats=options.repeats,
+            work=[asdict(each) for each in work_of(setup, dtype)],
         )
         bench = Bench(
             setup=setup,
@@ -1901,19 +2447,18 @@ def main(words: Sequence[str] | None = None) -> int:
             num_steps=options.steps or setup.num_steps,
             repeats=options.repeats,
             ends_s=started_s + options.time_limit,
+            presets=options.presets,
         )
-        floor = lay_out_floor(bench.work, card)
         report.record["step"] = {"flops": bench.step_flops, "bytes": bench.step_bytes}
+        floor = lay_out_floor(bench.work, card)
         sys.stderr.write(f"{lay_out_card(card)}\n{floor}\n")
-        for name in options.parts:
-            bench.run_part(name)
-    title = (
-        f"{setup.width}x{setup.height}, {setup.frames_per_chunk} frames per chunk, "
-        f"{setup.num_identity_slots} identity slots, {options.config} networks with random "
-        f"weights in {str(dtype).removeprefix('torch.')}."
-    )
-    results = lay_out_results(report.results)
-    sys.stdout.write("\n".join([lay_out_card(card), title, "", floor, results]))
+        report.end_part("start", time.monotonic() - started_s)
+        with timed_out_at(bench), suppress(OutOfTimeError):
+            for name in options.parts:
+                bench.run_part(name)
+        report.note_rest(options.parts)
+    sys.stdout.write(lay_out(report.record))
+    sys.stdout.flush()
     return 1 if bench.has_failed else 0
 
 

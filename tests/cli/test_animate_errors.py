@@ -38,7 +38,7 @@ from tiny import INNER_DIM
 
 from everanimate_cli import hub
 from everanimate_cli.cli import main
-from everanimate_cli.settings import HUB_MODEL
+from everanimate_cli.settings import HUB_MODEL, HUB_PRESET
 
 PICTURE = "Give a picture of the character."
 WEIGHTS = "Give a complete Wan2.2-Animate checkpoint."
@@ -238,18 +238,33 @@ def test_models(refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", "http://127.0.0.1:9")
     assert refused("--model", "owner/name") == (
         f"error: --model owner/name is not in the cache ({cache}) and http://127.0.0.1:9 cannot "
-        "be reached. Connect to the network to download it, give a checkpoint folder, or use "
-        "--model toy, which works offline."
+        "be reached. Connect to the network and run everanimate models pull owner/name, give a "
+        "checkpoint folder, or use --model toy, which works offline."
     )
     assert refused("--model", "owner/name", "--dry-run") == (
         f"error: --model owner/name is not in the cache ({cache}), and --dry-run downloads "
-        "nothing. Run it without, give a checkpoint folder, or use --model toy, which works "
-        "offline."
+        "nothing. Run everanimate models pull owner/name first, give a checkpoint folder, or use "
+        "--model toy, which works offline."
     )
-    assert refused("--lora", "owner/name/my.safetensors", "--dry-run") == (
-        f"error: --lora owner/name/my.safetensors is not in the cache ({cache}), and --dry-run "
-        "downloads nothing. Run it without, give a .safetensors file, or use --model toy, which "
-        "works offline."
+    for words in ((), ("--dry-run",)):
+        problem = "names no file and http://127.0.0.1:9 cannot be reached. Connect to the network "
+        problem += "to see its files, "
+        if words:
+            problem = "names no file, and --dry-run downloads nothing. Run it without, "
+        assert refused("--lora", "owner/name", *words) == (
+            f"error: --lora owner/name {problem}or give owner/name/PATH/TO/FILE.safetensors."
+        )
+    # The model of a plain run, and its LoRA.
+    default = "is not in the cache ({}) and http://127.0.0.1:9 cannot be reached. Connect to the "
+    default = default.format(cache) + "network and run everanimate models pull (about {}), give "
+    assert refused("--model", HUB_MODEL) == (
+        f"error: --model {HUB_MODEL} {default.format('82 GB')}a checkpoint folder, or use --model "
+        "toy, which works offline."
+    )
+    (spec,) = HUB_PRESET.lora
+    assert refused("--lora", spec.source) == (
+        f"error: --lora {spec.source} {default.format('307 MB')}a .safetensors file, or use "
+        "--model toy, which works offline."
     )
 
 

@@ -117,6 +117,9 @@ def test_one_line_tells_which_process_failed(
     assert first.err.startswith(message)
     assert first.err.count("\n") == 1
     assert second == Outcome(partner_code, "", "")
+    # What is refused leaves nothing; what can be gone on with stays.
+    runs = [name for name in made_files(place) if name.endswith(".run")]
+    assert bool(runs) == (code == 1 and "memory" not in message)
 
 
 def test_a_bug_in_a_partner_keeps_its_trace(place: Path) -> None:

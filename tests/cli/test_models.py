@@ -23,6 +23,7 @@ from everanimate_cli.model_table import DETECTORS, ModelFile
 from everanimate_cli.settings import HUB_MODEL, HUB_PRESET
 
 LORA = "owner/lora/ckpts/a.safetensors"
+FAST = "owner/fast/b.safetensors"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
 
 
@@ -77,8 +78,10 @@ def server(
     current[0].add("owner/tiny", tiny_model)
     current[0].repositories["owner/tiny"]["README.md"] = b"not needed"
     current[0].repositories["owner/lora"] = {"ckpts/a.safetensors": bytes(5000), "b.bin": b"b"}
-    monkeypatch.setattr(cached_models, "KNOWN_NAMES", ("toy", "owner/tiny", LORA))
-    monkeypatch.setattr(cached_models, "DEFAULT_NAMES", ("owner/tiny", LORA))
+    monkeypatch.setattr(cached_models, "KNOWN_NAMES", ("toy", "owner/tiny", LORA, FAST))
+    for module in (cached_models, hub):
+        monkeypatch.setattr(module, "DEFAULT_NAMES", ("owner/tiny", LORA))
+        monkeypatch.setattr(module, "FAST_NAMES", (FAST,))
     return current[0]
 
 
@@ -90,8 +93,9 @@ def test_pull_list_path_and_verify(server: Hub, cache: Path, models: Program) ->
     listed = models("list")
     assert (listed.code, listed.err) == (0, "")
     assert listed.out.splitlines()[1:] == [
-        "model owner/tiny: not in the cache",
-        f"lora {LORA}: not in the cache",
+        "model owner/tiny: not in the cache, used by default",
+        f"lora {LORA}: not in the cache, used by default",
+        f"lora {FAST}: not in the cache, used by animate --fast",
     ]
     assert server.num_requests == 0
 
@@ -127,14 +131,78 @@ def test_pull_list_path_and_verify(server: Hub, cache: Path, models: Program) ->
         "num_bytes": size,
         "revision": COMMIT,
         "path": str(folder),
+        "use": "default",
     }
     assert models("list").out.splitlines()[2] == (
-        f"lora {LORA}: in the cache, 0.0 MB, revision {COMMIT}"
+        f"lora {LORA}: in the cache, 0.0 MB, revision {COMMIT}, used by default"
     )
     again = models("pull", "--json", "--quiet")
     assert again.err == ""
     assert [model["state"] for model in json.loads(again.out)] == ["complete", "complete"]
     assert server.num_requests == num_requests
+
+
+def test_pull_tells_of_the_fast_lora_and_takes_it_on_request(
+    server: Hub, cache: Path, models: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.repositories["owner/fast"] = {"b.safetensors": bytes(7000)}
+    known = hub.KnownLora(rank=1, has_image_layers=False)
+    monkeypatch.setitem(hub._KNOWN_LORAS, FAST, known)
+    line = "animate --fast needs another LoRA (about 10 MB): everanimate models pull --fast"
+    assert models("pull").err.splitlines()[-1] == line
+    assert models("pull", "owner/tiny").err.count("--fast") == 0
+    assert models("list", FAST).out == (
+        f"lora {FAST}: not in the cache, about 10 MB in all, used by animate --fast\n"
+    )
+    pulled = models("pull", "--fast")
+    assert pulled.code == 0
+    path = cache / "models--owner--fast" / "snapshots" / COMMIT / "b.safetensors"
+    assert pulled.out.splitlines()[-1] == str(path)
+    assert len(pulled.out.splitlines()) == 3
+    assert line not in pulled.err
+    assert line not in models("pull").err
+    # Beside a NAME it is one more.
+    assert models("pull", "toy", "--fast").out.splitlines() == [str(hub.TOY_FOLDER), str(path)]
+    assert json.loads(models("list", FAST, "--json").out)[0]["use"] == "fast"
+
+
+def test_pull_brings_again_what_is_cut_short(server: Hub, cache: Path, models: Program) -> None:
+    """A disk that was full, or a copy that stopped, may leave such files."""
+    assert models("pull", "owner/tiny").code == 0
+    blob = blob_of(cache, VAE_FILE)
+    content = blob.read_bytes()
+    blob.write_bytes(content[:-10])
+    bad = models("verify", "owner/tiny")
+    assert bad.code == 1
+    assert bad.out == (
+        f"owner/tiny: only partly in the cache, where {VAE_FILE} is cut short. "
+        "Run everanimate models pull owner/tiny.\n"
+    )
+    assert models("path", "owner/tiny").code == 2
+    assert models("list", "owner/tiny").out.startswith("model owner/tiny: partly in the cache, ")
+    server.requests.clear()
+    pulled = models("pull", "owner/tiny")
+    assert (pulled.code, pulled.out) == (0, models("path", "owner/tiny").out)
+    assert server.sent_ranges() == [""]  # this file alone
+    assert blob.read_bytes() == content
+    assert models("verify", "owner/tiny").code == 0
+
+
+def test_an_address_that_is_none_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    """The Hub's library would stumble while it is imported, with a trace."""
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:99999", "HOME": str(tmp_path)}
+    line = "error: HF_ENDPOINT http://127.0.0.1:99999 is no address (Port out of range 0-65535). "
+    for words, code in ((["models", "list"], 2), (["doctor"], 2), (["models", "--help"], 0)):
+        done = subprocess.run(
+            [sys.executable, "-m", "everanimate_cli", *words],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code
+        assert done.stderr.startswith(line) == (code == 2)
+        assert done.stderr.count("\n") == code // 2
 
 
 def test_verify_finds_what_is_damaged(server: Hub, cache: Path, models: Program) -> None:
@@ -185,7 +253,8 @@ def test_verify_without_links_asks_the_hub(server: Hub, cache: Path, models: Pro
     # Of the commit that is here: the branch may have moved on.
     assert server.requests[-1].path.startswith(f"/api/models/owner/tiny/revision/{COMMIT}")
     path = cache / "models--owner--tiny" / "snapshots" / COMMIT / VAE_FILE
-    path.write_bytes(path.read_bytes()[:-4])
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     bad = models("verify", "owner/tiny")
     assert bad.code == 1
     assert f"{VAE_FILE} is damaged" in bad.out
@@ -219,7 +288,9 @@ def test_what_is_partly_there(server: Hub, cache: Path, models: Program) -> None
     )
     bad = models("verify", "owner/tiny")
     assert bad.code == 1
-    assert bad.out.startswith("owner/tiny: owner/tiny is only partly in the cache. ")
+    assert bad.out == (
+        "owner/tiny: only partly in the cache. Run everanimate models pull owner/tiny.\n"
+    )
     server.requests.clear()
     assert models("pull", "owner/tiny").code == 0  # its content is still in the cache
     assert server.sent_ranges() == []
@@ -260,8 +331,16 @@ def test_pose_models(
         "Run everanimate models pull yolox-m.\n"
     )
     assert models("pull", "yolox-m", "--dry-run").out == (
-        "yolox-m: 1 files, 1.0 MB missing of 1.0 MB\n"
+        "yolox-m: 1 file, 1.0 MB missing of 1.0 MB\n"
     )
+    with monkeypatch.context() as patch:
+        patch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        refused = models("pull", "yolox-m")
+        assert (refused.code, refused.out) == (2, "")
+        assert refused.err == (
+            f"error: yolox-m is not in the cache ({tmp_path / 'pose'}) and HF_HUB_OFFLINE is set. "
+            "Unset it to download it (about 1 MB), or copy the cache of a machine that has it.\n"
+        )
     pulled = models("pull", "yolox-m")
     assert (pulled.code, pulled.out) == (0, f"{path}\n")
     assert path.read_bytes() == content
@@ -279,7 +358,8 @@ def test_the_defaults_are_what_animate_takes() -> None:
         hub.RELEASED_LORAS[1],
         "rtmw",
         "yolox-m",
-    ) == cached_models.DEFAULT_NAMES
+    ) == hub.DEFAULT_NAMES
+    assert tuple(spec.source for spec in HUB_PRESET.fast_lora) == hub.FAST_NAMES
     step_distilled = {spec.source for spec in HUB_PRESET.fast_lora}  # what --fast needs besides
     assert {"toy", HUB_MODEL, *hub.RELEASED_LORAS, *step_distilled, "rtmw", "yolox-m"} <= set(
         cached_models.KNOWN_NAMES

@@ -12,6 +12,7 @@ import torch
 from studio import Animate, Outcome, frames_of, made_files
 
 from everanimate_cli import weights
+from everanimate_cli.offloading import Rota
 from everanimate_cli.rollout import Rollout
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
 
@@ -67,6 +68,14 @@ def test_what_waits_elsewhere_changes_no_byte(animate: Animate, place: Path) -> 
         assert Path("b.mp4").read_bytes() == Path("a.mp4").read_bytes()
     # The files of the blocks are gone with the run.
     assert made_files(place) == ["a.json", "a.mp4", "b.json", "b.mp4"]
+
+
+def test_why_memory_is_not_pinned_is_told(
+    animate: Animate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Rota, "notes", lambda _rota: ["3.0 GiB are too much to pin"])
+    assert "3.0 GiB are too much to pin" in animate("-o", "a.mp4", *LENGTH, "--offload", "disk").err
+    assert "too much to pin" not in animate("-o", "b.mp4", *LENGTH).err
 
 
 def test_precision_and_tiles_change_pixels(animate: Animate) -> None:
@@ -263,7 +272,7 @@ def test_out_of_memory_while_loading_is_told_alike(
     def fail(*_args: Any, **_kwargs: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(weights, "place", fail)
+    monkeypatch.setattr(weights, "Placing", fail)
     done = animate("-o", "a.mp4", *LENGTH)
     assert done.code == 1
     assert "error: out of memory with precision full, offload none" in done.err

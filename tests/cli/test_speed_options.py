@@ -268,6 +268,30 @@ def test_concurrent_work_makes_the_same_bytes(
 
 
 @pytest.mark.usefixtures("many_cores")
+@pytest.mark.parametrize("words", [(), ("--no-concurrent",)], ids=["concurrent", "in turn"])
+def test_poses_beside_the_result_are_decoded_once(
+    animate: Animate, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    """They used to be read again for the picture, from the key frame before the chunk."""
+    from everanimate_cli.video import VideoReader  # noqa: PLC0415  # after the fixtures
+
+    read, calls = VideoReader.read, Counter[VideoReader]()
+
+    def count(reader: VideoReader, indices: Any) -> Any:
+        calls[reader] += 1
+        return read(reader, indices)
+
+    monkeypatch.setattr(VideoReader, "read", count)
+    beside = ("-o", "a.mp4", "--no-audio", "--pose-beside", "--keep-run", *words)
+    assert animate(*beside, "--frames", "15").code == 0
+    assert sorted(calls.values()) == [3, 3]  # pose and face of three chunks
+    # A chunk that is only encoded again has no network to read for.
+    calls.clear()
+    assert animate(*beside, "--frames", "12", "--overwrite").code == 0
+    assert sorted(calls.values()) == [1]
+
+
+@pytest.mark.usefixtures("many_cores")
 def test_a_chunk_is_written_while_the_next_one_is_sampled(
     animate: Animate, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,14 +5,13 @@ import sys
 import types
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
-from diffusers.hooks import HookRegistry
-from diffusers.hooks.group_offloading import LazyPrefetchGroupOffloadingHook
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor
 from torch.testing import assert_close
@@ -30,8 +29,10 @@ from everanimate_cli.acceleration import (
     use_channels_last,
 )
 from everanimate_cli.errors import SettingsError
+from everanimate_cli.estimates import geometry_of
+from everanimate_cli.generation import _can_decode_beside
 from everanimate_cli.memory import chunk_noise
-from everanimate_cli.offloading import stream_blocks
+from everanimate_cli.offloading import Rota, stream_blocks
 from everanimate_cli.rollout import Chunk, Rollout
 from everanimate_cli.speed_settings import KERNELS, Attention
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
@@ -206,6 +207,8 @@ def test_auto_takes_flash3_on_hopper_only(
     card(9, 0)
     assert choose() == "sdpa"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn_interface")
+    assert choose() == "sdpa"  # there, but diffusers cannot load it
+    monkeypatch.setattr(acceleration, "_why_unusable", lambda _attention: None)
     assert choose() == "flash3"
     assert choose(torch.float32) == "sdpa"
     card(8, 9)
@@ -295,10 +298,6 @@ def test_streamed_blocks_are_compiled_without_what_brings_them() -> None:
     transformer = build_transformer()
     expected = velocity(transformer)
     stream_blocks(transformer, CPU)
-    # On a card diffusers learns the order of the blocks in the first step, to copy the next one.
-    HookRegistry.check_if_exists_or_initialize(transformer).register_hook(
-        LazyPrefetchGroupOffloadingHook(), "lazy_prefetch_group_offloading"
-    )
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     backend = CountingBackend()
@@ -408,29 +407,56 @@ def test_channels_last_is_the_same_vae() -> None:
     assert_close(vae.decode(latents).sample, expected, rtol=0, atol=1e-5)
 
 
-def test_room_beside_is_twice_the_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    def room(resident: int, peak: int, reserved: int, free: int) -> bool:
+def test_room_beside_counts_what_both_take_from_now_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The highest peak so far once decided, and after two had run at once it stood for each."""
+
+    def room(resident: int, needed: float, reserved: int, free: int) -> bool:
         values = {
-            "memory_allocated": resident,
-            "max_memory_allocated": peak,
-            "memory_reserved": reserved,
-            "mem_get_info": (free, 0),
+            "memory_allocated": resident << 30,
+            "memory_reserved": reserved << 30,
+            "mem_get_info": (free << 30, 0),
         }
         for name, value in values.items():
             monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
-        return has_room_beside(CUDA)
+        return has_room_beside(CUDA, needed * 1024)
 
-    assert room(resident=35, peak=45, reserved=50, free=30)  # 55 of 80
-    assert not room(resident=18, peak=22, reserved=23, free=1)  # 26 of 24
-    assert not room(resident=35, peak=45, reserved=50, free=9)  # others have the rest
-    assert not has_room_beside(torch.device("mps"))
+    assert room(resident=35, needed=20, reserved=50, free=30)  # 55 of 80
+    assert not room(resident=18, needed=8, reserved=23, free=1)  # 26 of 24
+    assert not room(resident=35, needed=20, reserved=50, free=9)  # others have the rest
+    assert not has_room_beside(torch.device("mps"), 0)
+
+
+def test_decoding_beside_sampling_needs_room_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    rollout = build_rollout(1.0)
+    asked: list[float] = []
+
+    def answer(_device: torch.device, needed_mib: float) -> bool:
+        asked.append(needed_mib)
+        return True
+
+    monkeypatch.setattr(acceleration, "has_room_beside", answer)
+    assert _can_decode_beside(rollout)
+    longer = replace(rollout, frames_per_chunk=9)
+    assert _can_decode_beside(longer)
+    rollout.pipeline.tile_decoding = True
+    assert _can_decode_beside(longer)
+    geometry = geometry_of(rollout.pipeline.transformer.config, rollout.pipeline.vae.config)
+    sizes = (16, 32)
+    assert asked[0] == pytest.approx(
+        geometry.decode_mib(*sizes, 5)
+        + max(geometry.step_mib(*sizes, 5, 1, torch.float32), geometry.encode_mib(*sizes, 5))
+    )
+    assert asked[1] > asked[0]
+    rollout.pipeline.rota = Rota({}, CPU)
+    assert not _can_decode_beside(rollout)  # networks that share the card
+    assert len(asked) == 3
 
 
 def test_threads_of_the_cpu_are_not_crowded(monkeypatch: pytest.MonkeyPatch) -> None:
     def answers(num_threads: int, num_cores: int) -> tuple[bool, bool]:
         monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
         monkeypatch.setattr(acceleration, "_count_cores", lambda: num_cores)
-        return has_core_to_spare(CPU), has_room_beside(CPU)
+        return has_core_to_spare(CPU), has_room_beside(CPU, 0)
 
     assert answers(1, 1) == (False, False)
     assert answers(1, 2) == (True, False)

@@ -40,6 +40,7 @@ from everanimate_cli.estimates import read_geometry, weights_mib
 from everanimate_cli.gguf_header import GGUF_TYPES, read_gguf_header
 from everanimate_cli.hub import locate_model
 from everanimate_cli.model_folder import ModelSource, find_layout
+from everanimate_cli.placement_settings import Placement
 from everanimate_cli.preflight import check_transformer
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
 from everanimate_cli.weights import (
@@ -672,6 +673,19 @@ def test_a_gguf_file_in_a_pipeline(base: ModelSource, networks: dict[str, Any]) 
     torch.testing.assert_close(
         run(pipeline.transformer), run(networks["transformer"]), rtol=0.1, atol=0.1
     )
+    expected = run(pipeline.transformer)
+    for offload in ("model", "group", "disk"):
+        Path(offload).mkdir()
+        placed = load_pipeline(
+            source,
+            [],
+            CPU,
+            torch.float32,
+            placement=Placement(offload=offload),
+            offload_folder=Path(offload),
+        )
+        assert torch.equal(run(placed.transformer), expected)
+        assert bool(list(Path(offload).iterdir())) == (offload == "disk")
 
 
 def test_a_gguf_header_is_read_without_the_package(tmp_path: Path) -> None:

@@ -15,7 +15,13 @@ from torch.nn.functional import linear
 
 from everanimate_cli.errors import SettingsError, WeightsError
 from everanimate_cli.lora import LORA_TARGET_PATTERN, fuse_loras, released_key
-from everanimate_cli.lora_layers import UpdatedLinear, attach_loras, choose_lora_mode
+from everanimate_cli.lora_layers import (
+    UpdatedLinear,
+    attach_loras,
+    choose_lora_mode,
+    list_ranks,
+    update_shapes,
+)
 from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.offloading import place, store_blocks
 from everanimate_cli.placement_settings import Placement
@@ -109,6 +115,15 @@ def test_beside_the_weights_they_do_what_they_do_in_them(loras: Loras) -> None:
     assert all(name.startswith("blocks.") for name in beside)
 
 
+def test_what_they_take_is_known_from_their_headers(loras: Loras) -> None:
+    """The names and shapes of what is put beside the weights, without putting it there."""
+    made = separate(loras)
+    shapes = shapes_of(network())
+    told = update_shapes(list_ranks(loras, shapes), shapes)
+    assert told == {key: shape for key, shape in shapes_of(made).items() if ".update." in key}
+    assert len(told) > 2 * 10 * len(made.blocks)
+
+
 @pytest.mark.parametrize("build", [fused, separate])
 def test_their_order_does_not_matter(loras: Loras, build: type) -> None:
     torch.testing.assert_close(run(build(loras)), run(build(loras[::-1])), atol=1e-5, rtol=1e-5)
@@ -181,6 +196,9 @@ def test_packed_weights_stay_packed_wherever_they_are(tmp_path: Path) -> None:
     made = Packed(weight)
     plain = made.time_embedder(inputs)
     assert attach_loras(made, [(path, 0.5)], PACKED_SHAPES, torch.float32) == 1
+    assert list_ranks([(path, 0.5)], PACKED_SHAPES) == {}  # not in the blocks
+    ranks = list_ranks([(path, 0.5)], PACKED_SHAPES, packed={"time_embedder.weight"})
+    assert ranks == {"time_embedder.weight": 2}
     assert isinstance(made.time_embedder, UpdatedLinear)
     assert made.time_embedder.weight.dtype == torch.uint8
     wanted = plain + 0.5 * linear(linear(inputs, down), up) + 0.5 * torch.arange(96.0)

@@ -5,7 +5,7 @@ The device is the CPU here: what comes is copied, so that it counts, and numbers
 
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers.hooks.group_offloading import ModuleGroup
 from tiny import TINY_DEFAULTS, build_tiny_pipeline
 from torch import Tensor, nn
 
-from everanimate_cli import offloading
+from everanimate_cli import main_memory, offloading
 from everanimate_cli.acceleration import use_channels_last
+from everanimate_cli.block_stream import BlockStream
 from everanimate_cli.errors import RunError, SettingsError
 from everanimate_cli.offloading import (
     Rota,
     check_package,
-    holds_packed_weights,
     is_out_of_memory,
     offload_folder,
     place,
@@ -60,12 +59,13 @@ def make_chunks(pipeline: AnimatePipeline, num_chunks: int = 2) -> list[Tensor]:
     prompt_embeds = pipeline.encode_prompt("a fox")
     chunks = []
     for _ in range(num_chunks):
+        pose_latents, clip_embeds = pipeline.encode_pose(pose_u8), pipeline.encode_clip(pose_u8[0])
         conditioning = Conditioning(
             condition=torch.randn(1, 10, 7, height // 8, width // 8, generator=draw),
-            pose_embeds=pipeline.embed_pose(pose_u8),
+            pose_embeds=pipeline.embed_pose(pose_latents),
             face_tokens=pipeline.embed_face(face_u8),
             prompt_embeds=prompt_embeds,
-            clip_embeds=pipeline.encode_clip(pose_u8[0]),
+            clip_embeds=clip_embeds,
         )
         noise = torch.randn(1, 6, 7, height // 8, width // 8, generator=draw)
         *_, latents = pipeline.denoise(noise, shifted_sigmas(2, 5.0), conditioning)
@@ -149,7 +149,7 @@ def test_a_pipeline_asks_for_the_network_that_it_uses(monkeypatch: pytest.Monkey
     monkeypatch.setattr(Rota, "bring", lambda rota, name: asked.append(name) or bring(rota, name))
     make_chunks(placed(Placement(offload="model")), num_chunks=1)
     assert asked == [
-        *("vae", "transformer", "transformer", "image_encoder"),
+        *("vae", "image_encoder", "transformer", "transformer"),
         *("transformer", "transformer", "vae"),
     ]
 
@@ -157,70 +157,88 @@ def test_a_pipeline_asks_for_the_network_that_it_uses(monkeypatch: pytest.Monkey
 # --- block by block ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def group_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
-    """("on" or "off", number of weights) of every group that comes or goes."""
-    log: list[tuple[str, int]] = []
-
-    def spy(name: str, word: str) -> None:
-        call = getattr(ModuleGroup, name)
-
-        def wrapped(group: ModuleGroup) -> None:
-            log.append((word, sum(p.numel() for m in group.modules for p in m.parameters())))
-            call(group)
-
-        monkeypatch.setattr(ModuleGroup, name, wrapped)
-
-    spy("onload_", "on")
-    spy("offload_", "off")
-    return log
-
-
 def test_blocks_come_one_after_the_other_and_the_rest_stays(
-    group_log: list[tuple[str, int]],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pipeline = build_tiny_pipeline()
     network = pipeline.transformer
-    order = [name for name, _ in network.named_modules()]
-    block, adapter = (
-        sum(p.numel() for p in module.parameters())
-        for module in (network.blocks[0], network.face_adapter[0])
-    )
-    stream_blocks(network, CPU)
-    assert [name for name, _ in network.named_modules()] == order
-    group_log.clear()
+    streamed = (*network.blocks, *network.face_adapter)
+    names = {id(part): f"{type(part).__name__}" for part in streamed}
+    homes = {id(part): places(part) for part in streamed}
+    log: list[tuple[str, str]] = []
+    stream = stream_blocks(network, CPU)
+    for word in ("bring", "leave"):
+        call = getattr(BlockStream, word)
+
+        def wrapped(stream: BlockStream, index: int, call: Any = call, word: str = word) -> None:
+            call(stream, index)
+            away = [part for part in streamed if set(places(part)).isdisjoint(homes[id(part)])]
+            assert len(away) == (word == "bring")  # never two at once
+            log.append((word, names[id(away[0])] if away else ""))
+
+        monkeypatch.setattr(BlockStream, word, wrapped)
+    assert isinstance(stream, BlockStream)
     make_chunks(pipeline, num_chunks=1)
-    # Two steps of four blocks, with face adapters after blocks 0 and 2. The group without modules
-    # is the network's own table.
+    # Two steps of four blocks, with face adapters after blocks 0 and 2.
+    block, adapter = names[id(network.blocks[0])], names[id(network.face_adapter[0])]
     one_step = [block, adapter, block, block, adapter, block]
-    expected = [("on", 0)]
-    expected += [(word, size) for size in one_step for word in ("on", "off")]
-    assert group_log == 2 * [*expected, ("off", 0)]
+    assert log == 2 * [each for name in one_step for each in (("bring", name), ("leave", ""))]
+    # What returned never left: not a byte was copied back.
+    assert {id(part): places(part) for part in streamed} == homes
 
 
-def test_on_a_card_the_next_block_is_copied_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("prefetch", [True, False])
+def test_on_a_card_blocks_are_pinned_and_the_next_is_fetched_meanwhile(
+    monkeypatch: pytest.MonkeyPatch, prefetch: bool
+) -> None:
+    card = torch.device("cuda")
     given: dict[str, Any] = {}
-    monkeypatch.setattr(offloading, "apply_group_offloading", lambda _n, **kw: given.update(kw))
-    network = build_tiny_pipeline().transformer
-    for child in network.children():
+
+    def stand_in(blocks: Any, device: torch.device, *, prefetch: bool) -> Any:
+        given.update(blocks=blocks, device=device, prefetch=prefetch)
+
+    pieces: list[Tensor] = []
+
+    def allocate(num_bytes: int) -> Tensor:
+        pieces.append(torch.empty(num_bytes, dtype=torch.uint8))
+        return pieces[-1]
+
+    monkeypatch.setattr(offloading, "BlockStream", stand_in)
+    monkeypatch.setattr(main_memory, "_allocate_pinned", allocate)
+    monkeypatch.setattr(main_memory, "_PIECE", 2**18)
+    monkeypatch.setattr(main_memory, "free_main_memory", lambda: 2**40)
+    networks = networks_of(build_tiny_pipeline())
+    transformer: Any = networks["transformer"]
+    for child in transformer.children():
         monkeypatch.setattr(child, "to", lambda _device: None)  # there is no such device here
-    monkeypatch.setattr(offloading, "free_main_memory", lambda: 2**40)
-    stream_blocks(network, torch.device("cuda"), folder=Path("files"))
-    assert given == {
-        "onload_device": torch.device("cuda"),
-        "offload_device": CPU,
-        "offload_type": "block_level",
-        "num_blocks_per_group": 1,
-        "use_stream": True,
-        "record_stream": True,
-        "low_cpu_mem_usage": False,
-        "offload_to_disk_path": "files",
-    }
-    # Pinned memory cannot be swapped out: where it is short, a block is pinned at a time.
-    monkeypatch.setattr(offloading, "free_main_memory", lambda: 2**20)
-    stream_blocks(network, torch.device("cuda"))
-    assert given["low_cpu_mem_usage"] is True
-    assert given["offload_to_disk_path"] is None
+    transformer.scale_shift_table = None
+    before = {name: value.clone() for name, value in transformer.blocks.named_parameters()}
+    rota = place(networks, Placement(offload="group", prefetch=prefetch), card)
+    assert (given["device"], given["prefetch"]) == (card, prefetch)
+    assert [block for block, _ in given["blocks"]] == [
+        *(transformer.blocks[0], transformer.face_adapter[0], transformer.blocks[1]),
+        *(transformer.blocks[2], transformer.face_adapter[1], transformer.blocks[3]),
+    ]
+    ends = [(piece.data_ptr(), piece.data_ptr() + piece.numel()) for piece in pieces]
+    assert len(pieces) > 1
+    for name, value in transformer.blocks.named_parameters():
+        assert torch.equal(value, before[name])
+        assert any(start <= value.data_ptr() < end for start, end in ends)
+    assert rota is not None
+    assert rota.notes() == []
+
+
+def test_without_room_to_pin_blocks_wait_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main_memory, "free_main_memory", lambda: 2**30)
+    networks = networks_of(build_tiny_pipeline())
+    homes = places(networks["transformer"])
+    rota = place(networks, Placement(offload="model"), torch.device("cuda"))
+    assert places(networks["transformer"]) == homes
+    assert rota is not None
+    assert rota.notes() == [
+        "0.5 GiB of main memory are too much to pin with 1.0 GiB free: copies to the card take "
+        "longer"
+    ]
 
 
 def test_files_hold_the_weights_and_are_deleted(tmp_path: Path) -> None:
@@ -349,9 +367,9 @@ def test_nf4_takes_the_place_of_every_linear_layer(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(offloading, "find_spec", lambda _name: fake)
     network = build_tiny_pipeline(dtype=torch.bfloat16).transformer
     before = {name: value.clone() for name, value in network.named_parameters()}
-    assert not holds_packed_weights(network)
+    assert Rota({"transformer": network}, CPU).settle("transformer")
     store_blocks(network, "nf4", CPU)
-    assert holds_packed_weights(network)
+    assert not Rota({"transformer": network}, CPU).settle("transformer")  # it is moved
     torch.testing.assert_close(dict(network.named_parameters()), before, rtol=0, atol=0)
     replaced = {name for name, each in network.named_modules() if isinstance(each, Linear4bit)}
     linear = {name for name, each in network.named_modules() if isinstance(each, nn.Linear)}

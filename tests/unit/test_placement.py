@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from diffusers.hooks.group_offloading import ModuleGroup
 from live_bytes import LiveBytes
 from tiny import build_tiny_pipeline, write_tiny_checkpoint
 from torch import nn
@@ -95,27 +94,6 @@ def sizes_of(pipeline: AnimatePipeline) -> Sizes:
     return Sizes(geometry=geometry, shapes={**shapes, "text_encoder": {}})
 
 
-def copy_groups(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let groups be copied to their device where that is main memory, and given back."""
-    homes: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
-
-    def tensors(group: ModuleGroup) -> list[torch.Tensor]:
-        modules = [each for module in group.modules for each in module.parameters()]
-        return [*modules, *group.parameters]
-
-    def onload(group: ModuleGroup) -> None:
-        homes[id(group)] = [(each, each.data) for each in tensors(group)]
-        for each in tensors(group):
-            each.data = each.data.clone()
-
-    def offload(group: ModuleGroup) -> None:
-        for each, home in homes.pop(id(group), []):
-            each.data = home
-
-    monkeypatch.setattr(ModuleGroup, "onload_", onload)
-    monkeypatch.setattr(ModuleGroup, "offload_", offload)
-
-
 def count_phases(placed: Placement, num_frames: int) -> tuple[dict[str, float], Sizes]:
     """MiB that are alive in each phase, weights included, and the sizes of the networks."""
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
@@ -175,12 +153,8 @@ def count_phases(placed: Placement, num_frames: int) -> tuple[dict[str, float], 
     ids=Placement.describe,
 )
 @pytest.mark.usefixtures("fakes_move")
-def test_the_estimate_is_near_what_is_counted(
-    placed: Placement, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_estimate_is_near_what_is_counted(placed: Placement) -> None:
     """Within 8 % in every phase, at the released size of pictures."""
-    if placed.offload == "group":
-        copy_groups(monkeypatch)
     job = replace(JOB, frames_per_chunk=17)
     counted, sizes = count_phases(placed, job.frames_per_chunk)
     needed = estimate(sizes, placed, job, has_streams=False)
@@ -216,7 +190,7 @@ def test_tiles_change_decoded_pixels_and_nothing_that_is_encoded() -> None:
     assert torch.equal(tiled.encode_video(video), latents)  # and not after decoding either
 
 
-def test_streams_need_three_blocks_and_waiting_networks_main_memory() -> None:
+def test_streams_need_two_blocks_and_waiting_networks_main_memory() -> None:
     sizes = released_sizes()
     group, disk = (Placement(offload=offload) for offload in ("group", "disk"))
     block_mib = 403_838_464 * 2 / 2**20
@@ -224,7 +198,7 @@ def test_streams_need_three_blocks_and_waiting_networks_main_memory() -> None:
         estimate(sizes, group, JOB, has_streams=streams).phases_mib["denoise"]
         for streams in (True, False)
     )
-    assert with_streams - without == pytest.approx(2 * block_mib, rel=0.01)
+    assert with_streams - without == pytest.approx(block_mib, rel=0.01)
     streamed_mib = (40 * 403_838_464 + 839_026_688) * 2 / 2**20
     vae_mib, clip_mib = 126_892_531 * 4 / 2**20, 630_766_080 * 2 / 2**20
     in_memory, on_disk = (estimate(sizes, placed, JOB) for placed in (group, disk))
@@ -256,16 +230,22 @@ def test_the_sizes_of_a_checkpoint_come_from_its_headers(tmp_path: Path) -> None
     }
 
 
-def test_loading_in_8_bits_takes_no_more_main_memory_than_keeping_them() -> None:
-    stored = {
-        precision: estimate(released_sizes(), Placement(precision=precision), JOB)
-        for precision in ("full", "fp8", "torchao-fp8")
-    }
-    assert stored["full"].loading_mib == pytest.approx(34.2 * GIB, rel=0.01)
-    assert stored["torchao-fp8"].loading_mib == stored["full"].loading_mib
-    kept = ("transformer", "vae", "image_encoder")
-    weights = sum(stored["fp8"].weights_mib[name] for name in kept)
-    assert stored["fp8"].loading_mib == weights < 21 * GIB
+def test_loading_takes_one_block_more_than_what_stays_in_main_memory() -> None:
+    def loading_gib(precision: Any, offload: Any, *, on_card: bool = True) -> float:
+        placed = Placement(precision=precision, offload=offload)
+        needed = estimate(released_sizes(), placed, JOB, has_streams=on_card)
+        return needed.loading_mib / GIB
+
+    block_gib = 403_838_464 * 2 / 2**30
+    assert loading_gib("full", "model") == pytest.approx(33.9, abs=0.1)
+    assert loading_gib("full", "none", on_card=False) == loading_gib("full", "model")
+    for precision, gib in (("fp8", 18.5), ("torchao-int8", 18.5), ("nf4", 12.0)):
+        assert loading_gib(precision, "model") == pytest.approx(gib + block_gib, abs=0.6)
+    # Blocks that go to the card or to files leave main memory: the text encoder takes most.
+    text_gib = released_sizes().stored_mib("text_encoder", "full", JOB.dtype).values()
+    for precision in ("full", "fp8"):
+        assert loading_gib(precision, "none") == pytest.approx(sum(text_gib) / GIB)
+        assert loading_gib(precision, "disk") == pytest.approx(sum(text_gib) / GIB)
 
 
 # --- which one -----------------------------------------------------------------------------------
@@ -346,7 +326,7 @@ def test_weights_that_come_packed_stay_so() -> None:
     blocks = {key: shape for key, shape in sizes.shapes["transformer"].items() if "ffn" in key}
     packed = replace(sizes, packed=dict.fromkeys(blocks, 1000))
     options = PlacementOptions(precision="nf4")
-    with pytest.raises(SettingsError, match="--precision nf4 does not fit --model"):
+    with pytest.raises(SettingsError, match="--precision nf4 does not fit the transformer's file"):
         choose_placement(options, "cuda", packed, JOB, free_mib=1.0)
     choice = choose_placement(PlacementOptions(), "cuda", packed, JOB, free_mib=24.0 * GIB)
     assert choice.placement.precision == "full"

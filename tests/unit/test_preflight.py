@@ -9,7 +9,12 @@ from typing import Any
 import pytest
 
 from everanimate_cli.errors import EverAnimateError, InputError, SettingsError, WeightsError
-from everanimate_cli.preflight import check_animate, check_demo, check_extract
+from everanimate_cli.preflight import (
+    check_animate,
+    check_demo,
+    check_environment,
+    check_extract,
+)
 from everanimate_cli.records import LoraSpec
 from everanimate_cli.settings import AnimateSettings, DemoSettings, ExtractSettings
 
@@ -458,3 +463,51 @@ def test_an_extraction(options: dict[str, Any], message: str) -> None:
         check_extract(ExtractSettings(**{"video": Path("waltz.mp4"), **options}))
     assert str(caught.value) == message
     assert caught.value.exit_code == 2
+
+
+# --- environment ---------------------------------------------------------------------------------
+
+
+HUB = "Give an address such as https://huggingface.co"
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"HF_ENDPOINT": ""}, f"HF_ENDPOINT is empty. {HUB}, or unset it."),
+        (
+            {"HF_ENDPOINT": "hf.example"},
+            "HF_ENDPOINT hf.example is no address. Write https:// before it: https://hf.example.",
+        ),
+        (
+            {"HF_ENDPOINT": "http://127.0.0.1:99999"},
+            f"HF_ENDPOINT http://127.0.0.1:99999 is no address (Port out of range 0-65535). {HUB}.",
+        ),
+        (
+            {"HF_ENDPOINT": "http://[::1"},
+            f"HF_ENDPOINT http://[::1 is no address (Invalid IPv6 URL). {HUB}.",
+        ),
+        *(
+            ({"HF_ENDPOINT": address}, f"HF_ENDPOINT {address} is no address of a Hub. {HUB}.")
+            for address in ("http://", "ftp://hf.example", "https://hf example", "http://x:0")
+        ),
+        (
+            {"HF_HUB_ETAG_TIMEOUT": "long"},
+            "HF_HUB_ETAG_TIMEOUT long is not a whole number of seconds.",
+        ),
+    ],
+)
+def test_variables_at_which_the_hubs_library_would_stumble(
+    environ: dict[str, str], message: str
+) -> None:
+    with pytest.raises(SettingsError) as error:
+        check_environment(environ)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    "address", ["https://hf.example", "http://127.0.0.1:8080/mirror/", "http://[::1]:80"]
+)
+def test_variables_that_can_be(address: str) -> None:
+    check_environment({"HF_ENDPOINT": address, "HF_HUB_DOWNLOAD_TIMEOUT": "30"})
+    check_environment({})

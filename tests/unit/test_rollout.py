@@ -4,6 +4,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, replace
+from itertools import groupby
 from typing import Any
 from unittest.mock import patch
 
@@ -238,9 +239,9 @@ def test_what_the_steps_needed_is_gone_when_frames_are_decoded(rollout: Rollout)
     given: list[weakref.ref[Tensor]] = []
     num_alive: list[int] = []
 
-    def keep(embed: Callable[[Frames], Tensor]) -> Callable[[Frames], Tensor]:
-        def embed_and_note(frames_u8: Frames) -> Tensor:
-            embeds = embed(frames_u8)
+    def keep(embed: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        def embed_and_note(seen: Any) -> Tensor:
+            embeds = embed(seen)
             given.append(weakref.ref(embeds))
             return embeds
 
@@ -295,6 +296,16 @@ def test_nothing_is_computed_twice(rollout: Rollout) -> None:
     num_pictures = 1 + bool(rollout.views_u8) + bool(rollout.anchor_frame_indices)
     num_clips = {"latent": NUM_CHUNKS, "sink": 1, "pixel": 0}[rollout.memory]
     assert count_codes() == [num_pictures, num_clips, NUM_CHUNKS]
+
+
+def test_networks_that_take_turns_on_the_card_come_once_per_chunk(rollout: Rollout) -> None:
+    asked: list[str] = []
+    with patch.object(rollout.pipeline, "_need", asked.append):
+        generate(replace(rollout))
+    turns = [name for name, _ in groupby(asked)]
+    assert turns.count("transformer") == NUM_CHUNKS
+    assert turns.count("vae") == NUM_CHUNKS + 1  # before the first chunk, and after each
+    assert turns.count("image_encoder") <= NUM_CHUNKS
 
 
 def test_no_gradients_are_kept() -> None:

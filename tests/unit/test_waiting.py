@@ -1,0 +1,101 @@
+"""Weights that have a home and are lent: of tensors, of tensors made of others, and in files."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everanimate_cli.main_memory import PinnedMemory
+from everanimate_cli.waiting import WaitingWeights
+
+CPU = torch.device("cpu")
+
+
+class Halves(Tensor):
+    """A weight of a number and a scale, as torchao stores it; and these may be such themselves."""
+
+    number: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, number: Tensor, scale: Tensor) -> "Halves":
+        return Tensor._make_wrapper_subclass(cls, number.shape, dtype=scale.dtype)
+
+    def __init__(self, number: Tensor, scale: Tensor) -> None:
+        self.number, self.scale = number, scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["number", "scale"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> "Halves":
+        return Halves(inner["number"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return Halves(args[0].number, args[0].scale)
+        plain = [
+            each.number.to(each.scale.dtype) * each.scale if isinstance(each, Halves) else each
+            for each in args
+        ]
+        return func(*plain, **(kwargs or {}))
+
+
+def wrapped_layer() -> nn.Linear:
+    layer = nn.Linear(3, 2).requires_grad_(False)
+    number = torch.tensor([[1, -2, 3], [4, 5, -6]], dtype=torch.int8)
+    layer.weight = nn.Parameter(Halves(number, torch.tensor(0.5)), requires_grad=False)
+    return layer
+
+
+def test_a_weight_of_several_tensors_is_lent_and_taken_back() -> None:
+    layer, given = wrapped_layer(), torch.ones(1, 3)
+    expected = torch.tensor([[1.0, 1.5]]) + layer.bias
+    home = layer.weight.number.data_ptr()
+    waiting = WaitingWeights(layer)
+    assert [tuple(part.shape) for part in waiting.read()] == [(2, 3), (), (2,)]
+    assert waiting.num_bytes == 6 + 4 + 8
+    waiting.bring(CPU)
+    assert layer.weight.number.data_ptr() != home
+    assert not layer.weight.requires_grad
+    assert torch.equal(layer(given), expected)
+    waiting.recall()
+    assert layer.weight.number.data_ptr() == home
+    waiting.pin(PinnedMemory(lambda size: torch.empty(size, dtype=torch.uint8)))
+    pinned = layer.weight.number.data_ptr()
+    assert pinned != home
+    waiting.bring(CPU)
+    waiting.recall()
+    assert layer.weight.number.data_ptr() == pinned
+    assert torch.equal(layer(given), expected)
+
+
+def test_a_file_is_read_for_each_use_and_nothing_else_is_kept(tmp_path: Path) -> None:
+    layer = nn.Sequential(
+        nn.Linear(3, 2, dtype=torch.float8_e4m3fn, device="meta"), nn.Linear(4, 4)
+    )
+    layer[0].weight = nn.Parameter(torch.ones(2, 3).to(torch.float8_e4m3fn), requires_grad=False)
+    layer[0].bias = None
+    layer.register_buffer("table", torch.arange(3))
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    waiting = WaitingWeights(layer)
+    waiting.move_to_file(tmp_path / "a.safetensors")
+    for _ in range(2):
+        for key, value in layer.state_dict().items():
+            assert (value.shape, value.dtype) == (before[key].shape, before[key].dtype)
+            assert value.untyped_storage().nbytes() <= 8
+        waiting.bring(CPU)
+        for key, value in layer.state_dict().items():
+            assert torch.equal(value.float(), before[key].float())
+        waiting.recall()
+
+
+def test_a_weight_in_two_places_is_moved_once() -> None:
+    layer = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False))
+    layer[1].weight = layer[0].weight
+    waiting = WaitingWeights(layer)
+    assert len(waiting.read()) == 1
+    waiting.bring(CPU)
+    assert layer[1].weight is layer[0].weight
