@@ -90,9 +90,9 @@ _PEAK_TFLOPS = (
     ("RTX 3070", 41),
     ("RTX 3060", 26),
 )
-# Of that peak for a whole step. GeForce cards keep their stated rate up, larger ones do not: for an
-# RTX 5090 users report 272 s for 81 frames of this base at 480p with 20 steps, all counted, which is
-# 0.68 of it. The VAE, in float32, gets a quarter of the rate.
+# Of that peak for a whole step. GeForce cards keep their stated rate up, larger ones do not: on an
+# RTX 5090 users report 272 s for 81 frames of this base at 480p with 20 steps, all counted, which
+# is 0.68 of it. The VAE, in float32, gets a quarter of the rate.
 _UTILISATION = (("GeForce", 0.65), ("A100", 0.5), ("", 0.4))
 _VAE_SHARE = 0.25
 # Of decoding and encoding a frame, per pixel; counted with torch's flop counter.
