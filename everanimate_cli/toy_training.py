@@ -609,7 +609,7 @@ _MODE_SHARES = {"latent": 0.56, "alone": 0.2, "pixel": 0.24}
 _FIRST_CHUNK_SHARE = 0.5
 # The reference is a frame two seconds before the target, the person standing still, or, for the
 # first chunk of a video only, the target's own opening frame (self-reenactment).
-_REFERENCE_SHARES = {False: (0.55, 0.45, 0.0), True: (0.2, 0.2, 0.6)}
+_REFERENCE_SHARES = {False: (0.55, 0.45, 0.0), True: (0.15, 0.15, 0.7)}
 _PIXEL_CARRY_SHARES = (0.25, 0.4, 0.35)  # nothing, 1 and 5 frames
 _POSE_DROP_SHARE = 0.05
 _DEFAULT_PROMPT_SHARE = 0.5
