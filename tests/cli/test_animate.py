@@ -190,6 +190,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(animate: Animate, place: Pa
         "placement: precision full, offload none, vae tiling off, text device device",
         "loras: none",
         "speed: steps 2, guidance off, attention sdpa, compile off, step cache off",
+        "downloads: none",
         "weights: transformer 0.7, vae 0.6, text encoder 0.1, image encoder 0.1 MiB",
         "phases: text 0, encode 4, denoise 2, decode 4 MiB",
         "estimated memory: 4 MiB",
