@@ -19,6 +19,7 @@ from everanimate_cli.checkpoint import (
 from everanimate_cli.errors import WeightsError
 from everanimate_cli.lora import LORA_TARGET_PATTERN
 from everanimate_cli.model_folder import ModelSource
+from everanimate_cli.piecewise import BAND_BYTES, PIECE_TOKENS
 from everanimate_cli.settings import TEMPORAL_STRIDE
 from everanimate_cli.train_settings import Checkpointing
 
@@ -50,21 +51,6 @@ class Geometry:
     num_heads: int
     decoder_channels: int
 
-    def working_set_mib(
-        self,
-        height: int,
-        width: int,
-        *,
-        frames_per_chunk: int,
-        num_identity_slots: int,
-        dtype: torch.dtype,
-    ) -> float:
-        """Most memory in MiB that one chunk takes beside the weights, estimated."""
-        return max(
-            self.step_mib(height, width, frames_per_chunk, num_identity_slots, dtype),
-            self.decode_mib(height, width, frames_per_chunk),
-        )
-
     def step_mib(
         self,
         height: int,
@@ -72,6 +58,8 @@ class Geometry:
         frames_per_chunk: int,
         num_identity_slots: int,
         dtype: torch.dtype,
+        *,
+        piecewise: bool = False,
     ) -> float:
         """Memory in MiB of one call of the transformer beside its weights, estimated.
 
@@ -79,10 +67,19 @@ class Geometry:
         with fake tensors on the full-size network in bfloat16 from 480p to 720p; 2.9 in float32.
         Beside them the steps of a chunk share 3 numbers per token and inner channel: the pose's
         embedding as it came and at its slots, face tokens and positions.
+
+        With `piecewise`, as on a card (`piecewise.PiecewiseBlock`), it is 13 numbers per token and
+        inner channel in all, most of them while queries and keys are rotated; or with few tokens 6,
+        and what a piece takes in the feed-forward layers or while these are added.
         """
         num_tokens = self._count_tokens(height, width, frames_per_chunk, num_identity_slots)
-        channels = 3.3 * (self.inner_dim + self.ffn_dim) + 3 * self.inner_dim
-        return num_tokens * channels * dtype.itemsize / _MIB
+        inner = self.inner_dim
+        numbers = num_tokens * (3.3 * (inner + self.ffn_dim) + 3 * inner)
+        if piecewise:
+            of_piece = PIECE_TOKENS * max(2 * self.ffn_dim + 3 * inner, 9 * inner)
+            cut = max(13 * num_tokens * inner, 6 * num_tokens * inner + of_piece)
+            numbers = min(numbers, cut)
+        return numbers * dtype.itemsize / _MIB
 
     def tokens_mib(
         self,
@@ -142,28 +139,45 @@ class Geometry:
         return num_slots * (height // self.size_multiple) * (width // self.size_multiple)
 
     def decode_mib(
-        self, height: int, width: int, frames_per_chunk: int, *, tiled: bool = False
+        self,
+        height: int,
+        width: int,
+        frames_per_chunk: int,
+        *,
+        tiled: bool = False,
+        piecewise: bool = False,
     ) -> float:
         """Memory in MiB of decoding a chunk in float32, estimated.
 
         One latent frame is decoded at a time. The factor 51 is the peak of live tensors, counted
-        as in `step_mib`, in units of one picture with the decoder's last channels. In tiles, of
-        which diffusers decodes one after the other, it is that of a tile, and they overlap.
+        as in `step_mib`, in units of one picture with the decoder's last channels; with
+        `piecewise`, as on a card, it is 43 and four bands. In tiles, of which diffusers decodes one
+        after the other, it is that of a tile, and they overlap.
         """
         video_bytes = frames_per_chunk * height * width * 3 * 4
         if not tiled:
-            return (51 * self._picture_bytes(height, width) + video_bytes) / _MIB
+            return (self._vae_bytes(height, width, 51, 43, piecewise) + video_bytes) / _MIB
         tile_bytes = self._picture_bytes(min(height, _TILE_PX), min(width, _TILE_PX))
         return (51 * tile_bytes + 1.5 * video_bytes) / _MIB
 
-    def encode_mib(self, height: int, width: int, num_frames: int) -> float:
+    def encode_mib(
+        self, height: int, width: int, num_frames: int, *, piecewise: bool = False
+    ) -> float:
         """Memory in MiB of encoding a video in float32, or with one frame a picture; estimated.
 
         Four frames are encoded at a time. The factors are counted as in `decode_mib`.
         """
-        factor = 10 if num_frames == 1 else 37
         video_bytes = num_frames * height * width * 3 * 4
-        return (factor * self._picture_bytes(height, width) + video_bytes) / _MIB
+        factors = (10, 10) if num_frames == 1 else (37, 29)
+        return (self._vae_bytes(height, width, *factors, piecewise) + video_bytes) / _MIB
+
+    def _vae_bytes(
+        self, height: int, width: int, whole: int, banded: int, piecewise: bool
+    ) -> float:
+        """Of the VAE's tensors, in pictures: all at once, or without what exists in bands alone."""
+        picture_bytes = self._picture_bytes(height, width)
+        at_once = whole * picture_bytes
+        return min(at_once, banded * picture_bytes + 4 * BAND_BYTES) if piecewise else at_once
 
     def _picture_bytes(self, height: int, width: int) -> int:
         """Of one picture with the channels that the VAE has at full resolution."""

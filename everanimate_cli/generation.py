@@ -259,15 +259,20 @@ def _can_decode_beside(rollout: Rollout) -> bool:
         return False
     geometry = geometry_of(pipeline.transformer.config, pipeline.vae.config)
     height, width = rollout.reference_u8.shape[:2]
-    num_frames = rollout.frames_per_chunk
+    num_frames, tiled = rollout.frames_per_chunk, pipeline.tile_decoding
+    piecewise = pipeline.device.type == "cuda"
     sampling_mib = max(
         geometry.step_mib(
-            height, width, num_frames, rollout.num_identity_slots, pipeline.transformer.dtype
+            height,
+            width,
+            num_frames,
+            rollout.num_identity_slots,
+            pipeline.transformer.dtype,
+            piecewise=piecewise,
         ),
-        geometry.encode_mib(height, width, num_frames),
+        geometry.encode_mib(height, width, num_frames, piecewise=piecewise),
     )
-    tiled = pipeline.tile_decoding
-    decoding_mib = geometry.decode_mib(height, width, num_frames, tiled=tiled)
+    decoding_mib = geometry.decode_mib(height, width, num_frames, tiled=tiled, piecewise=piecewise)
     return acceleration.has_room_beside(pipeline.device, sampling_mib + decoding_mib)
 
 

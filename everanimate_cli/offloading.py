@@ -29,6 +29,7 @@ from everanimate_cli.block_stream import BlockStream
 from everanimate_cli.errors import RunError, SettingsError
 from everanimate_cli.main_memory import PinnedMemory
 from everanimate_cli.narrow_linear import store_as_fp8
+from everanimate_cli.piecewise import compute_blocks_piecewise
 from everanimate_cli.placement_settings import PRECISION_PACKAGES
 from everanimate_cli.runs import OFFLOAD_PREFIX
 from everanimate_cli.waiting import WaitingWeights
@@ -56,6 +57,8 @@ class Rota:
 
     Attributes:
         device: The card.
+        may_overlap: Whether all others than its networks are on the card all the time, and may
+            compute in another thread meanwhile.
     """
 
     def __init__(
@@ -65,16 +68,19 @@ class Rota:
         *,
         stream: BlockStream | None = None,
         pinned: PinnedMemory | None = None,
+        may_overlap: bool = False,
     ) -> None:
         """Take the networks, which are in main memory.
 
         Args:
             networks: By their names in a checkpoint.
             device: The card.
-            stream: Of a transformer that is none of them.
+            stream: Of the blocks of the transformer, of which the other layers are "transformer".
             pinned: Where they wait; None for memory as it is.
+            may_overlap: See above.
         """
         self.device = device
+        self.may_overlap = may_overlap
         self._networks = dict(networks)
         self._waiting: dict[str, WaitingWeights] = {}
         self._on_card: str | None = None
@@ -83,22 +89,24 @@ class Rota:
 
     def notes(self) -> list[str]:
         """What is worth a line about how they wait."""
-        reason = None if self._pinned is None else self._pinned.reason
+        # It is not where one network comes for one picture in a chunk.
+        pinned = None if self.may_overlap else self._pinned
+        reason = None if pinned is None else pinned.reason
         return [] if reason is None else [reason]
 
     def bring(self, name: str) -> None:
         """Make sure that a network is on the card and that the others have left it.
 
         Args:
-            name: One that is not of this rota, such as a transformer whose blocks are streamed,
-                only needs the others to leave.
+            name: One that is not of this rota only needs the others to leave, or nothing at all
+                where it is on the card.
         """
-        if name == self._on_card:
+        if name == self._on_card or (self.may_overlap and name not in self._networks):
             return
         self.clear()
         if name not in self._networks:
             return
-        if self._stream is not None:
+        if self._stream is not None and name != "transformer":
             self._stream.clear()
         if not self.settle(name):
             self._networks[name].to(self.device)
@@ -192,7 +200,7 @@ class Placing:
         self._dtype = dtype
         self._folder = folder
         # Waiting blocks must be moved as they are there: nothing to pin where nothing is copied.
-        is_copied = device.type == "cuda" and placement.offload in ("model", "group")
+        is_copied = device.type == "cuda" and placement.offload != "disk"
         self._pinned = PinnedMemory() if is_copied else None
         self._waiting: dict[str, WaitingWeights] = {}
         self._taken: set[str] = set()
@@ -241,19 +249,37 @@ class Placing:
         for name, part in _streamed_parts(transformer).items():
             if name not in self._taken:
                 self.take(name, part)
+        if self._device.type == "cuda":
+            compute_blocks_piecewise(transformer)
         offload = self._placement.offload
         others = {name: each for name, each in networks.items() if name != "transformer"}
         if offload == "none":
-            for network in networks.values():
-                network.to(self._device)
-            return None
+            guests = {}
+            if self._device.type == "cuda" and "image_encoder" in networks:
+                # Needed for one picture in a chunk.
+                guests["image_encoder"] = networks["image_encoder"]
+            for name, network in networks.items():
+                if name not in guests:
+                    network.to(self._device)
+            if not guests:
+                return None
+            return Rota(guests, self._device, pinned=self._pinned, may_overlap=True)
         if offload == "model":
             rota = Rota(networks, self._device, pinned=self._pinned)
             rota.settle("transformer")  # nothing changes it any longer
             return rota
         prefetch = self._placement.prefetch and self._device.type == "cuda"
         stream = stream_blocks(transformer, self._device, waiting=self._waiting, prefetch=prefetch)
-        return Rota(others, self._device, stream=stream, pinned=self._pinned)
+        rest = resident_layers(transformer)
+        leaves = self._device.type == "cuda" and bool(others)  # for networks that need its place
+        if leaves:
+            others["transformer"] = rest
+        else:
+            rest.to(self._device)
+        rota = Rota(others, self._device, stream=stream, pinned=self._pinned)
+        if leaves:
+            rota.settle("transformer")
+        return rota
 
 
 # --- stored in fewer bits ------------------------------------------------------------------------
@@ -362,12 +388,14 @@ def _store_as_nf4(block: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _can_wait(network: nn.Module) -> bool:
-    """Whether all weights are tensors of torch, or say themselves which tensors they are made of.
+    """Whether all weights are one tensor each, or say themselves which tensors they are made of.
 
-    Those of torchao do; those of bitsandbytes and from GGUF files are more, and are moved.
+    Those of torchao do; those of bitsandbytes are more, and are moved.
     """
     return all(
-        type(value).__module__.startswith("torch.") or is_traceable_wrapper_subclass(value)
+        # diffusers' own are those of GGUF files.
+        type(value).__module__.startswith(("torch.", "diffusers."))
+        or is_traceable_wrapper_subclass(value)
         for value in network.parameters()
     )
 
@@ -384,11 +412,10 @@ def stream_blocks(
 ) -> BlockStream:
     """Bring blocks and face adapters to the device only for as long as they compute.
 
-    All other layers stay on the device: chunks are embedded outside `forward`, where no block is
-    called.
+    All other layers must be there: chunks are embedded outside `forward`, where no block is called.
 
     Args:
-        network: In main memory; changed in place.
+        network: Its blocks are in main memory; changed in place.
         device: Where it computes.
         waiting: The weights of its parts, by their names, as far as they have a home already.
         prefetch: On a card, copy the next one while this one computes.
@@ -401,11 +428,6 @@ def stream_blocks(
         order.append(f"blocks.{index}")
         if index % every == 0:
             order.append(f"face_adapter.{index // every}")
-    for name, child in network.named_children():
-        if name not in STREAMED:
-            child.to(device)
-    for parameter in network.parameters(recurse=False):
-        parameter.data = parameter.data.to(device)
     return BlockStream(
         [(parts[name], waiting.get(name) or WaitingWeights(parts[name])) for name in order],
         device,
@@ -420,6 +442,19 @@ def _streamed_parts(network: EverAnimateTransformer3DModel) -> dict[str, nn.Modu
         for name in STREAMED
         for index, part in enumerate(getattr(network, name))
     }
+
+
+def resident_layers(network: EverAnimateTransformer3DModel) -> nn.Module:
+    """All that is in no block and no face adapter, the very same modules and parameters."""
+    resident = nn.Module()
+    for name, child in network.named_children():
+        if name not in STREAMED:
+            resident.add_module(name, child)
+    for name, parameter in network.named_parameters(recurse=False):
+        resident.register_parameter(name, parameter)
+    for name, buffer in network.named_buffers(recurse=False):
+        resident.register_buffer(name, buffer)
+    return resident
 
 
 @contextmanager

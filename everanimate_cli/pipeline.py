@@ -24,6 +24,7 @@ from torch import Tensor
 from everanimate_cli.acceleration import use_channels_last
 from everanimate_cli.clip_image import clip_pixel_values
 from everanimate_cli.memory import from_uint8
+from everanimate_cli.piecewise import work_in_bands
 from everanimate_cli.schedule import euler_step, model_timestep
 from everanimate_cli.transformer import NUM_TEXT_TOKENS, EverAnimateTransformer3DModel, Shared
 
@@ -106,6 +107,7 @@ class AnimatePipeline:
                 use_channels_last(self.vae)
         elif self.device.type == "cuda":
             use_channels_last(self.vae)
+            work_in_bands(self.vae)
 
     @property
     def latent_channels(self) -> int:
@@ -130,7 +132,7 @@ class AnimatePipeline:
     @property
     def may_overlap(self) -> bool:
         """Whether two networks can compute at once; those that share the card cannot."""
-        return self.rota is None
+        return self.rota is None or self.rota.may_overlap
 
     def encode_prompt(self, prompt: str) -> Tensor:
         """Text tokens of a prompt, zeros after the last.
@@ -195,6 +197,8 @@ class AnimatePipeline:
         self._need("image_encoder")
         encoder = self.image_encoder
         seen = encoder(pixel_values.to(encoder.device, encoder.dtype), output_hidden_states=True)
+        if self.rota is not None:
+            self.rota.clear()  # not needed again before the next chunk
         return seen.hidden_states[-2].to(self.device, self.transformer.dtype)
 
     @torch.no_grad()

@@ -56,8 +56,11 @@ RELEASED_CONFIGS: dict[str, dict[str, Any]] = {
 _PACKED_BITS = {"fp8": 8.0, "fp8-matmul": 8.0, "torchao-fp8": 8.0, "torchao-int8": 8.0, "nf4": 4.5}
 # With streams a block computes and the next one arrives.
 _NUM_STREAMED = 2
-# What a card needs beside the tensors that are counted: work space of its libraries, and gaps.
-_GAPS, _WORK_SPACE_MIB = 1.03, 384.0
+# What a card needs beside the tensors that are counted. Gaps between them, as a factor. And for its
+# libraries: 256 MiB of kernels, which are loaded when they are first called; 64 of cuBLAS; and
+# three copies of a band of the VAE (`piecewise`) where cuDNN lays it out otherwise. What it lays
+# out whole, before sampling down or up, is less than the VAE has there at its peak.
+_GAPS, _WORK_SPACE_MIB = 1.03, 512.0
 # What a screen, the driver and the context leave of a card.
 _FREE_OF_A_CARD = 0.96
 # Where plans for a card that is not here place the networks.
@@ -201,8 +204,8 @@ def estimate(sizes: Sizes, placement: Placement, job: Job, *, has_streams: bool 
         sizes: Of the checkpoint.
         placement: Where the networks are.
         job: What they compute.
-        has_streams: Whether there is a CUDA card: it has memory of its own, and blocks are copied
-            while others compute.
+        has_streams: Whether there is a CUDA card: it has memory of its own, blocks are copied
+            while others compute, and what takes most is computed piece by piece.
     """
     stored = {name: sizes.stored_mib(name, placement.precision, job.dtype) for name in sizes.shapes}
     weights = {name: sum(values.values()) for name, values in stored.items()}
@@ -226,22 +229,33 @@ def estimate(sizes: Sizes, placement: Placement, job: Job, *, has_streams: bool 
     )
 
     vae, clip = weights["vae"], weights["image_encoder"]
+    # What is there beside the networks of the name.
+    beside = {"transformer": 0.0, "vae": 0.0, "image_encoder": 0.0}
     if placement.offload == "none":
-        beside = {"transformer": vae + clip, "vae": clip + weights["transformer"]}
-    elif streams:
-        beside = {"transformer": 0.0, "vae": stays}
-    else:
-        beside = {"transformer": 0.0, "vae": 0.0}
+        idle_clip = 0.0 if has_streams else clip  # which waits for its turn where there is a card
+        beside = {
+            "transformer": vae + idle_clip,
+            "vae": weights["transformer"] + idle_clip,
+            "image_encoder": weights["transformer"] + vae,
+        }
+    elif streams and not has_streams:
+        beside |= {"vae": stays, "image_encoder": stays}
     geometry, size = sizes.geometry, (job.height, job.width)
     chunk = (*size, job.frames_per_chunk, job.num_identity_slots, job.dtype)
-    step = geometry.step_mib(*chunk)
+    step = geometry.step_mib(*chunk, piecewise=has_streams)
     if job.num_step_caches:
         # An update of each cache, and the tokens before the blocks.
         step += (job.num_step_caches + 1) * geometry.tokens_mib(*chunk)
-    decode = geometry.decode_mib(*size, job.frames_per_chunk, tiled=placement.tile_decoding)
+    encode = geometry.encode_mib(*size, job.frames_per_chunk, piecewise=has_streams)
+    decode = geometry.decode_mib(
+        *size, job.frames_per_chunk, tiled=placement.tile_decoding, piecewise=has_streams
+    )
     phases = {
         "text": weights["text_encoder"] if placement.text_device == "device" else 0.0,
-        "encode": beside["vae"] + vae + geometry.encode_mib(*size, job.frames_per_chunk),
+        "encode": max(
+            beside["vae"] + vae + encode,
+            beside["image_encoder"] + clip,
+        ),
         "denoise": beside["transformer"]
         + (stays + passing if streams else weights["transformer"])
         + unpacked
@@ -249,10 +263,10 @@ def estimate(sizes: Sizes, placement: Placement, job: Job, *, has_streams: bool 
         "decode": beside["vae"] + vae + decode,
     }
     homes = {
-        "none": 0.0,
+        "none": clip if has_streams else 0.0,
         "model": weights["transformer"] + vae + clip,
-        "group": sum(streamed.values()) + vae + clip,
-        "disk": vae + clip,
+        "group": sum(streamed.values()) + vae + clip + (stays if has_streams else 0.0),
+        "disk": vae + clip + (stays if has_streams else 0.0),
     }
     loaded = vae + clip + weights["transformer"]
     if not sizes.packed:

@@ -241,12 +241,6 @@ class TrainSettings(Options):
             raise SettingsError(
                 "--dtype float16 is too small a range for gradients. Give bfloat16 or float32."
             )
-        if self.quantize_base == "fp8" and self.compile:
-            # diffusers swaps the weights' data, of which a compiled backward pass knows nothing.
-            raise SettingsError(
-                "--quantize-base fp8 does not go with --compile. Give int8 or nf4, or leave "
-                "--compile out."
-            )
         check_frames_per_chunk(self, self.frames_per_chunk)
         self._check_size()
         if self.memory == "pixel":

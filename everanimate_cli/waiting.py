@@ -89,13 +89,18 @@ class WaitingWeights:
 
 
 class _Plain:
-    """A weight that is a tensor of torch: its data is exchanged, and whoever has it sees that."""
+    """A weight whose data is one tensor: that is exchanged, and whoever has the weight sees it.
+
+    What else a weight of a GGUF file knows of itself stays with it.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
         self._tensor = tensor
 
     def parts(self) -> list[Tensor]:
-        return [self._tensor.data]
+        # Views of weights of a GGUF file would be such weights too, which not every shape can be.
+        with torch._C.DisableTorchFunctionSubclass():
+            return [self._tensor.data]
 
     def put(self, parts: Iterator[Tensor]) -> None:
         self._tensor.data = next(parts)

@@ -6,9 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 import torch
+from original import build_original_networks, name_transformer, write_diffusers
 from studio import Animate, Outcome, frames_of, made_files
 
 from everanimate_cli import weights
@@ -68,6 +70,28 @@ def test_what_waits_elsewhere_changes_no_byte(animate: Animate, place: Path) -> 
         assert Path("b.mp4").read_bytes() == Path("a.mp4").read_bytes()
     # The files of the blocks are gone with the run.
     assert made_files(place) == ["a.json", "a.mp4", "b.json", "b.mp4"]
+
+
+def test_a_packed_transformer_waits_elsewhere_too(animate: Animate, place: Path) -> None:
+    """Where main memory is short it is disk by itself; layers of the file are cut into several."""
+    networks = build_original_networks()
+    write_diffusers(place / "base", networks)
+    writer = gguf.GGUFWriter("q8.gguf", "wan")
+    for key, value in name_transformer(networks["transformer"]).items():
+        is_packed = value.ndim == 2 and value.shape[1] % 32 == 0 and key.endswith(".weight")
+        kind = getattr(gguf.GGMLQuantizationType, "Q8_0" if is_packed else "F32")
+        writer.add_tensor(key, gguf.quants.quantize(value.numpy(), kind), raw_dtype=kind)
+    for write in ("header", "kv_data", "tensors"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    made = set()
+    for offload in ("none", "group", "disk"):
+        words = ("--model", "base", "--transformer", "q8.gguf", "--offload", offload)
+        done = animate("-o", f"{offload}.mp4", *LENGTH, *words)
+        assert done.code == 0, done.err
+        made.add(Path(f"{offload}.mp4").read_bytes())
+    assert len(made) == 1
+    assert not list(place.glob("*.run"))
 
 
 def test_why_memory_is_not_pinned_is_told(

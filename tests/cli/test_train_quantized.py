@@ -219,7 +219,7 @@ def test_what_a_layer_has_unpacked_waits_for_its_backward_pass(how: str) -> None
     )
 
 
-@pytest.mark.parametrize("how", ["int8", "nf4"])
+@pytest.mark.parametrize("how", ["fp8", "int8", "nf4"])
 def test_a_compiled_network_learns_the_same(train: Train, how: str) -> None:
     more = ("--quantize-base", how, "--steps", "1")
     assert train("plain", *more).code == 0

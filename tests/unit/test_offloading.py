@@ -6,6 +6,7 @@ The device is the CPU here: what comes is copied, so that it counts, and numbers
 import sys
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,11 @@ from everanimate_cli.offloading import (
     is_out_of_memory,
     offload_folder,
     place,
+    resident_layers,
     store_blocks,
     stream_blocks,
 )
+from everanimate_cli.piecewise import BandedConv3d, PiecewiseBlock
 from everanimate_cli.pipeline import AnimatePipeline, Conditioning
 from everanimate_cli.placement_settings import Placement
 from everanimate_cli.schedule import shifted_sigmas
@@ -88,6 +91,39 @@ def test_waiting_elsewhere_changes_no_pixel(
     assert bool(list(tmp_path.iterdir())) == (offload == "disk")
 
 
+def test_clip_comes_beside_the_others_and_changes_no_pixel(
+    monkeypatch: pytest.MonkeyPatch, expected: list[Tensor]
+) -> None:
+    """As on a card where all else stays; another thread may decode meanwhile."""
+    moved: list[nn.Module] = []
+    pipeline = build_tiny_pipeline()
+    clip = pipeline.image_encoder
+    homes = places(clip)
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.Module, "to", lambda network, _device: moved.append(network))
+        patch.setattr(main_memory, "free_main_memory", lambda: 2**30)  # too little to pin
+        rota = place(networks_of(pipeline), Placement(), torch.device("cuda"))
+    assert rota is not None
+    assert pipeline.vae in moved
+    assert pipeline.transformer in moved
+    assert clip not in moved
+    assert places(clip) == homes
+    assert rota.notes() == []
+    rota.device = CPU
+    pipeline.rota = rota
+    assert pipeline.may_overlap
+    seen: list[bool] = []
+
+    def look(*_: Any) -> None:
+        rota.bring("vae")  # of a thread that decodes
+        seen.append(set(places(clip)).isdisjoint(homes))
+
+    clip.register_forward_pre_hook(look)
+    torch.testing.assert_close(make_chunks(pipeline), expected, rtol=0, atol=0)
+    assert seen == [True, True]
+    assert places(clip) == homes
+
+
 @pytest.mark.parametrize("offload", ["model", "group", "disk"])
 def test_weights_in_8_bits_come_in_parts_too(tmp_path: Path, offload: Any) -> None:
     resident = make_chunks(placed(Placement(precision="fp8")))
@@ -100,6 +136,28 @@ def test_weights_in_8_bits_come_in_parts_too(tmp_path: Path, offload: Any) -> No
 
 def places(network: nn.Module) -> list[int]:
     return [each.data_ptr() for each in chain(network.parameters(), network.buffers())]
+
+
+def test_where_blocks_are_streamed_the_other_layers_leave_for_the_vae_and_clip(
+    expected: list[Tensor],
+) -> None:
+    pipeline = build_tiny_pipeline()
+    network, rest = pipeline.transformer, resident_layers(pipeline.transformer)
+    assert {id(value) for value in network.parameters()} == {
+        id(value)
+        for part in (rest, network.blocks, network.face_adapter)
+        for value in part.parameters()
+    }
+    stream = stream_blocks(network, CPU)
+    networks = networks_of(pipeline) | {"transformer": rest}
+    rota = pipeline.rota = Rota(networks, CPU, stream=stream)
+    homes = places(rest)
+    for name in ("vae", "image_encoder"):
+        rota.bring("transformer")
+        assert set(places(rest)).isdisjoint(homes)
+        rota.bring(name)
+        assert places(rest) == homes
+    torch.testing.assert_close(make_chunks(pipeline), expected, rtol=0, atol=1e-5)
 
 
 def test_of_a_rota_one_network_is_on_the_card() -> None:
@@ -226,6 +284,22 @@ def test_on_a_card_blocks_are_pinned_and_the_next_is_fetched_meanwhile(
         assert any(start <= value.data_ptr() < end for start, end in ends)
     assert rota is not None
     assert rota.notes() == []
+    assert all(type(block) is PiecewiseBlock for block in transformer.blocks)
+    # The other layers come and go like a network.
+    table = transformer.patch_embedding.weight
+    assert any(start <= table.data_ptr() < end for start, end in ends)
+    rota.device = CPU
+    rota.bring("transformer")
+    assert not any(start <= table.data_ptr() < end for start, end in ends)
+    rota.clear()
+    assert any(start <= table.data_ptr() < end for start, end in ends)
+
+
+def test_on_a_card_the_vae_works_in_bands() -> None:
+    pipeline = build_tiny_pipeline()
+    assert type(pipeline.vae.quant_conv) is not BandedConv3d
+    replace(pipeline, device=torch.device("cuda"))
+    assert type(pipeline.vae.quant_conv) is BandedConv3d
 
 
 def test_without_room_to_pin_blocks_wait_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -164,11 +164,6 @@ def resolved(**options: Any) -> ResolvedTrainSettings:
             {"quantize_base": "int4"},
             "--quantize-base int4 is unknown. Known: none, fp8, int8, nf4.",
         ),
-        (
-            {"quantize_base": "fp8", "compile": True},
-            "--quantize-base fp8 does not go with --compile. Give int8 or nf4, or leave "
-            "--compile out.",
-        ),
         ({"mixed_precision": "fp8"}, "--mixed-precision fp8 is unknown. Known: no, bf16."),
         (
             {"dtype": "float16"},

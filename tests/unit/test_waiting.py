@@ -3,7 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
+from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 from torch import Tensor, nn
 
 from everanimate_cli.main_memory import PinnedMemory
@@ -99,3 +102,24 @@ def test_a_weight_in_two_places_is_moved_once() -> None:
     assert len(waiting.read()) == 1
     waiting.bring(CPU)
     assert layer[1].weight is layer[0].weight
+
+
+def test_packed_weights_that_lie_in_one_piece_wait_in_a_file(tmp_path: Path) -> None:
+    """Parts of a larger weight share its memory: safetensors looks at the last element of each."""
+    kind = gguf.GGMLQuantizationType.Q8_0
+    values = np.linspace(-3, 3, 4 * 32, dtype=np.float32).reshape(4, 32)
+    both = GGUFParameter(torch.from_numpy(gguf.quants.quantize(values, kind)), quant_type=kind)
+    layer = nn.Sequential(*(GGUFLinear(32, 2, compute_dtype=torch.float32) for _ in range(2)))
+    for each, part in zip(layer, both.chunk(2), strict=True):
+        each.weight = GGUFParameter(part, quant_type=kind)
+    given = torch.ones(1, 32)
+    expected = [each(given) for each in layer]
+    waiting = WaitingWeights(layer)
+    waiting.move_to_file(tmp_path / "a.safetensors")
+    assert all(each.weight.untyped_storage().nbytes() == 1 for each in layer)
+    for _ in range(2):
+        waiting.bring(CPU)
+        for each, value in zip(layer, expected, strict=True):
+            assert type(each.weight) is GGUFParameter
+            assert torch.equal(each(given), value)
+        waiting.recall()

@@ -635,10 +635,6 @@ def test_the_memory_estimate_is_near_what_is_counted(source: ModelSource) -> Non
     assert step_mib == pytest.approx(step.peak / 2**20, rel=0.25)
     decode_mib = geometry.decode_mib(height, width, frames_per_chunk)
     assert decode_mib == pytest.approx(decoding.peak / 2**20, rel=0.25)
-    working_set_mib = geometry.working_set_mib(
-        height, width, frames_per_chunk=77, num_identity_slots=4, dtype=torch.float32
-    )
-    assert working_set_mib == max(step_mib, decode_mib)
 
 
 # As wide as the released network, with every fifth of its blocks and one face adapter.
