@@ -66,6 +66,10 @@ class BlockStream:
             return
         if not self._places:
             self._places = [self._make_place(), self._make_place()]
+        for each in self._places:
+            if each.is_used and each.index is not None:  # by a block that raised: it never left
+                self._weights[each.index].recall()
+                self._free(each)
         place = next((each for each in self._places if each.index == index), None)
         if place is None:
             # In the first call, or where calls come in another order.
@@ -81,11 +85,10 @@ class BlockStream:
         if self._side is None:
             return
         place = next(each for each in self._places if each.is_used)
-        place.left.record(self._current())
         # In the other place, while this block is still at work.
         other = next(each for each in self._places if not each.is_used)
+        self._free(place)
         self._fetch((index + 1) % len(self._weights), other)
-        place.index, place.parts, place.is_used = None, [], False
 
     def clear(self) -> None:
         """Leave the card to others."""
@@ -103,6 +106,10 @@ class BlockStream:
             for target, home in zip(place.parts, source, strict=True):
                 target.copy_(home, non_blocking=True)
             place.arrived.record(self._side)
+
+    def _free(self, place: _Place) -> None:
+        place.left.record(self._current())
+        place.index, place.parts, place.is_used = None, [], False
 
     def _make_place(self) -> _Place:
         buffer = torch.empty(self._size, dtype=torch.uint8, device=self._device)

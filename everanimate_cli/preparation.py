@@ -267,9 +267,12 @@ def prepare(
     )
     target = placement.ABSENT_CARD if is_for_absent_card else device
     dtype = weights.choose_dtype(settings.dtype, target)
-    attention = acceleration.choose_attention(settings.attention, device, dtype)
-    if settings.compile:
-        acceleration.check_compile(device)
+    if is_for_absent_card:  # what it can do is not known
+        attention: Attention = "sdpa" if settings.attention == "auto" else settings.attention
+    else:
+        attention = acceleration.choose_attention(settings.attention, device, dtype)
+        if settings.compile:
+            acceleration.check_compile(device)
     located = _locate(settings, on_event)
     resolved, sizes = located.settings, located.sizes
     face_size = sizes.geometry.face_size

@@ -67,10 +67,13 @@ class WaitingWeights:
             tensor.put(iter([_placeholder(part) for part in tensor.parts()]))
 
     def pin(self, memory: PinnedMemory) -> None:
-        """Move what is at home into pinned memory, as far as there is any."""
+        """Move what is at home into pinned memory, as far as there is any, one by one."""
         assert self._home is not None
-        self._home = memory.copy(self._home)
-        self.lend(self._home)
+        originals, self._home = self._home[::-1], []
+        for tensor in self._tensors:
+            parts = memory.copy([originals.pop() for _ in tensor.parts()])
+            tensor.put(iter(parts))
+            self._home += parts
 
     def move_to_file(self, path: Path) -> None:
         """Keep the weights in a file from now on.

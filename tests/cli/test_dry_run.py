@@ -102,6 +102,8 @@ def test_the_plan_for_a_card_that_is_not_here(animate: Animate) -> None:
         assert (plan["device"], plan["dtype"]) == ("cuda", "bfloat16")
         assert plan["placement"]["vram"] == name
         assert plan["estimated_memory_mib"] < 1024 * int(name)
+    with_kernels = plan_of(animate, *words, "--vram", "24", "--attention", "sdpa-cudnn")
+    assert with_kernels["speed"]["attention"] == "sdpa-cudnn"
     # A run is another matter.
     refused = animate("--model", "toy", "--vram", "24")
     assert (refused.code, refused.out) == (2, "")

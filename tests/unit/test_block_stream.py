@@ -150,6 +150,20 @@ def test_memory_is_given_back_between(work: Any) -> None:
         work.call(index)
 
 
+@pytest.mark.parametrize("failed", [0, 2])
+def test_a_block_that_raises_gives_its_place_back(work: Any, failed: int) -> None:
+    for index in range(failed):
+        work.call(index)
+    block = work.blocks[failed]
+    home = block.weight.data_ptr()
+    with pytest.raises(RuntimeError):
+        block(torch.ones(2, 7))
+    assert block.weight.data_ptr() != home
+    for index in (*range(4), *range(4)):
+        work.call(index)
+    assert block.weight.data_ptr() == home
+
+
 def test_without_prefetch_a_block_is_copied_once_and_never_back() -> None:
     blocks = [nn.Linear(3, 5).requires_grad_(False) for _ in range(3)]
     homes = [block.weight.data_ptr() for block in blocks]

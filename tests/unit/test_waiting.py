@@ -5,10 +5,12 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 import torch
 from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
 from torch import Tensor, nn
 
+from everanimate_cli import main_memory
 from everanimate_cli.main_memory import PinnedMemory
 from everanimate_cli.waiting import WaitingWeights
 
@@ -102,6 +104,29 @@ def test_a_weight_in_two_places_is_moved_once() -> None:
     assert len(waiting.read()) == 1
     waiting.bring(CPU)
     assert layer[1].weight is layer[0].weight
+
+
+def test_pinning_lets_go_of_each_weight_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network of 32 GiB must not need twice as much."""
+    monkeypatch.setattr(main_memory, "_PIECE", 1)
+    layers = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(4)])
+    weights = list(layers.requires_grad_(False).parameters())
+    values = [weight.clone() for weight in weights]
+    homes = [weight.data_ptr() for weight in weights]
+    num_kept: list[int] = []
+
+    def allocate(num_bytes: int) -> Tensor:
+        kept = (weight.data_ptr() == home for weight, home in zip(weights, homes, strict=True))
+        num_kept.append(sum(kept))
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    waiting = WaitingWeights(layers)
+    waiting.pin(PinnedMemory(allocate))
+    assert num_kept == [4, 3, 2, 1]
+    assert all(torch.equal(*pair) for pair in zip(waiting.read(), values, strict=True))
+    waiting.bring(CPU)
+    waiting.recall()
+    assert all(torch.equal(*pair) for pair in zip(weights, values, strict=True))
 
 
 def test_packed_weights_that_lie_in_one_piece_wait_in_a_file(tmp_path: Path) -> None:
