@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hub_server import Hub, serve
 
 # Before torch is imported; processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,3 +17,11 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         if "EVERANIMATE_CACHE" not in os.environ:
             patch.setenv("EVERANIMATE_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(scope="module")
+def hub_server() -> Iterator[tuple[str, list[Hub]]]:
+    """Address of a server, and the Hub that it answers for."""
+    current: list[Hub] = []
+    with serve(current) as address:
+        yield address, current

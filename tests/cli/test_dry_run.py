@@ -2,14 +2,13 @@
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from hub_server import Hub, serve, use_hub
+from hub_server import Hub, use_hub
 from media import numbered_frames, write_media
 from safetensors.torch import save_file
 from studio import DANCE_FPS, Animate, made_files
@@ -34,19 +33,12 @@ def no_network(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     return cache
 
 
-@pytest.fixture(scope="module")
-def address_and_hubs() -> Iterator[tuple[str, list[Hub]]]:
-    current: list[Hub] = []
-    with serve(current) as address:
-        yield address, current
-
-
 @pytest.fixture
 def hub(
-    address_and_hubs: tuple[str, list[Hub]], no_network: Path, monkeypatch: pytest.MonkeyPatch
+    hub_server: tuple[str, list[Hub]], no_network: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Hub:
     """A Hub that answers, and an empty cache."""
-    address, current = address_and_hubs
+    address, current = hub_server
     current[:] = [Hub()]
     use_hub(address, no_network, monkeypatch)
     return current[0]

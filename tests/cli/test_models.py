@@ -5,14 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import COMMIT, Hub, serve, use_hub
+from hub_server import COMMIT, Hub, use_hub
 from original import build_original_networks, name_transformer, write_diffusers, write_original
 from safetensors.torch import save_file
 from studio import Animate
@@ -52,13 +51,6 @@ def models(capsys: pytest.CaptureFixture[str]) -> Program:
     return Program(capsys)
 
 
-@pytest.fixture(scope="module")
-def address_and_hubs() -> Iterator[tuple[str, list[Hub]]]:
-    current: list[Hub] = []
-    with serve(current) as address:
-        yield address, current
-
-
 @pytest.fixture
 def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
@@ -66,13 +58,13 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def server(
-    address_and_hubs: tuple[str, list[Hub]],
+    hub_server: tuple[str, list[Hub]],
     cache: Path,
     tiny_model: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Hub:
     """A Hub with a model and a LoRA, and an empty cache."""
-    address, current = address_and_hubs
+    address, current = hub_server
     current[:] = [Hub()]
     use_hub(address, cache, monkeypatch)
     current[0].add("owner/tiny", tiny_model)
