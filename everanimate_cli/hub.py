@@ -70,11 +70,11 @@ if TYPE_CHECKING:
 
 TOY_FOLDER = Path(__file__).parent / "toy_model"
 
-# What a Hub id without "@revision" means; repositories that are not listed mean "main". The
-# commits of the released files (method page section 5) could not be looked up where this was
-# written. The branch is resolved once: from then on the local cache answers, and the commit is
-# recorded with every result.
-HUB_REVISIONS = {HUB_MODEL: "main", "epfl-vita/everanimate": "main"}
+# What a Hub id without "@revision" means; repositories that are not listed mean "main". The base
+# is the upload that diffusers' authors made; its file pages name the commit in short. That of the
+# released LoRA could not be looked up where this was written: its branch is resolved once, from
+# then on the local cache answers, and the file's hash is recorded with every result.
+HUB_REVISIONS = {HUB_MODEL: "6f4df10", "epfl-vita/everanimate": "main"}
 # The released base as diffusers' conversion script writes it: 17.275 B parameters of the
 # transformer in float32, text and image encoder in bfloat16, VAE in float32.
 _HUB_MODEL_BYTES = {
@@ -128,6 +128,7 @@ _GB = 10**9
 _HUB_TIMEOUT_S = 10.0
 _NO_ACCESS = (401, 403, 404)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")  # as git and the Hub's pages write it
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -482,10 +483,7 @@ def find_snapshot(asset: Asset) -> Snapshot | None:
     storage = storage_folder(asset.hub_id.repository)
     commit = asset.revision
     if not _COMMIT.fullmatch(commit):
-        try:
-            commit = (storage / "refs" / asset.revision).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            return None
+        commit = _find_commit(storage, asset.revision)
     folder = storage / "snapshots" / commit
     if not _COMMIT.fullmatch(commit) or not folder.is_dir():
         return None
@@ -505,6 +503,18 @@ def find_snapshot(asset: Asset) -> Snapshot | None:
         except LocalEntryNotFoundError:
             is_whole = False
     return Snapshot(folder=folder, is_whole=is_whole, damage=damage)
+
+
+def _find_commit(storage: Path, revision: str) -> str:
+    """What a branch, a tag or the beginning of a commit means in the cache; empty if unknown."""
+    if _SHORT_COMMIT.fullmatch(revision):
+        begun = [path.name for path in (storage / "snapshots").glob(f"{revision}*")]
+        if len(begun) == 1:
+            return begun[0]
+    try:
+        return (storage / "refs" / revision).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def _find_damage(asset: Asset, folder: Path) -> str | None:
@@ -700,7 +710,7 @@ def _discard(storage: Path, name: str) -> None:
 def _ask_hub(asset: Asset, problem: str) -> ModelInfo:
     """What the Hub says about a repository: its commit, its files and their sizes.
 
-    One request with a time limit. Without a network the download functions themselves retry for
+    A request with a time limit. Without a network the download functions themselves retry for
     23 s, or wait for the system's own limit, and log every try.
 
     Args:
@@ -714,12 +724,7 @@ def _ask_hub(asset: Asset, problem: str) -> ModelInfo:
     _check_endpoint(asset)
     try:
         with quiet_hub():
-            return huggingface_hub.HfApi().model_info(
-                asset.hub_id.repository,
-                revision=asset.revision,
-                files_metadata=True,
-                timeout=_HUB_TIMEOUT_S,
-            )
+            return _describe_repository(asset.hub_id.repository, asset.revision)
     except OfflineModeIsEnabled as error:
         raise UnreachableError(
             f"{asset.label} {problem} and HF_HUB_OFFLINE is set. Unset it {purpose}, "
@@ -750,6 +755,28 @@ def _ask_hub(asset: Asset, problem: str) -> ModelInfo:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _no_hub(asset) from error
+
+
+def _describe_repository(repository: str, revision: str) -> ModelInfo:
+    """A repository at a revision, which may be the beginning of a commit of its main branch.
+
+    The Hub itself takes whole commits only.
+    """
+
+    def ask(revision: str) -> ModelInfo:
+        return api.model_info(
+            repository, revision=revision, files_metadata=True, timeout=_HUB_TIMEOUT_S
+        )
+
+    api = huggingface_hub.HfApi()
+    if not _SHORT_COMMIT.fullmatch(revision):
+        return ask(revision)
+    newest = ask(hub_constants.DEFAULT_REVISION)
+    if str(newest.sha).startswith(revision):
+        return newest
+    commits = (str(commit.commit_id) for commit in api.list_repo_commits(repository))
+    begun = [commit for commit in commits if commit.startswith(revision)]
+    return ask(begun[0] if len(begun) == 1 else revision)
 
 
 def _unusable_cache(asset: Asset, error: OSError) -> WeightsError:

@@ -82,10 +82,10 @@ def keep_reference(repository: str, revision: str, commit: str) -> None:
 
     Args:
         repository: `owner/name`.
-        revision: Branch, tag or commit.
+        revision: Branch, tag, or a commit or its beginning.
         commit: Of which all files are there.
     """
-    if revision == commit:
+    if commit.startswith(revision):
         return
     path = storage_folder(repository) / "refs" / revision
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")

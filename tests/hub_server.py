@@ -43,6 +43,7 @@ class Hub:
         refused_then: See `break_after`; None goes on.
         moves_to: What the branch `main` means after it was asked for once: a commit and its files,
             by repository.
+        branches: Others than `main`; they mean the same commit.
         forgotten: Revisions that there are no more.
         requests: For repositories and files so far.
     """
@@ -54,6 +55,7 @@ class Hub:
     break_after: int | None = None
     refused_then: tuple[int, dict[str, str]] | None = None
     moves_to: dict[str, tuple[str, dict[str, bytes]]] = field(default_factory=dict)
+    branches: set[str] = field(default_factory=set)
     forgotten: set[str] = field(default_factory=set)
     requests: list[Request] = field(default_factory=list)
 
@@ -81,7 +83,7 @@ class Hub:
 
     def answer(self, request: Request) -> Answer:
         api = re.fullmatch(
-            r"/api/models/([\w-]+/[\w.-]+)/(revision|tree)/([\w.]+)(?:\?.*)?", request.path
+            r"/api/models/([\w-]+/[\w.-]+)/(revision|tree|commits)/([\w.]+)(?:\?.*)?", request.path
         )
         file = re.fullmatch(r"/([\w-]+/[\w.-]+)/resolve/([\w.]+)/(.+)", request.path)
         stored = re.fullmatch(r"/cdn/([\w-]+/[\w.-]+)/([^?]+)(?:\?(\w+))?", request.path)
@@ -114,13 +116,19 @@ class Hub:
     def describe(self, repository: str, kind: str, revision: str) -> Answer:
         if repository not in self.repositories:
             return 401, {"X-Error-Message": "Invalid username or password."}, b""
-        known = (*REVISIONS, *(commit for commit, _ in self.moves_to.values()))
+        known = (*REVISIONS, *self.branches, *(commit for commit, _ in self.moves_to.values()))
         if revision not in known or revision in self.forgotten:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         commit, files = self.resolve(repository, revision)
         self._moved.add(repository)
         described: object
-        if kind == "revision":
+        if kind == "commits":
+            described = [
+                {"id": name, "authors": [], "date": "2025-11-13T12:00:00.000Z"}
+                | {"title": "Upload", "message": ""}
+                for name in dict.fromkeys((commit, COMMIT))
+            ]
+        elif kind == "revision":
             siblings = [
                 {"rfilename": name, "size": len(data), "blobId": git_sha1(data)}
                 | (

@@ -8,7 +8,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from hub_server import Hub, use_hub
+from hub_server import COMMIT, Hub, use_hub
 from media import numbered_frames, write_media
 from safetensors.torch import save_file
 from studio import DANCE_FPS, Animate, made_files
@@ -127,9 +127,14 @@ def test_the_plan_for_a_reader(
 
 
 def test_the_hub_tells_sizes_where_it_answers(
-    animate: Animate, hub: Hub, tiny_model: Path, no_network: Path
+    animate: Animate,
+    hub: Hub,
+    tiny_model: Path,
+    no_network: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     hub.add(HUB_MODEL, tiny_model)
+    monkeypatch.setitem(hub_module.HUB_REVISIONS, HUB_MODEL, COMMIT[:7])
     size = sum(map(len, hub.repositories[HUB_MODEL].values()))
     hub.repositories["epfl-vita/everanimate"] = {RELEASED_LORA.split("/", 2)[2]: bytes(700_000)}
     plan = plan_of(animate, *DEFAULT)

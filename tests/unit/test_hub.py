@@ -160,6 +160,52 @@ def test_a_branch_that_moves_while_it_is_downloaded(
     assert not any(f"/{other}/" in request.path for request in hub.requests)
 
 
+def test_the_beginning_of_a_commit_names_it(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    short = LoraSpec(f"{LORA.source}@{COMMIT[:7]}")
+    path = locate_lora(short)
+    assert path.parent.name == COMMIT
+    num_requests = hub.num_requests
+    # The cache knows it from then on; other beginnings of the same commit too.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for length in (7, 12, 40):
+        assert locate_lora(LoraSpec(f"{LORA.source}@{COMMIT[:length]}")) == path
+    assert hub.num_requests == num_requests
+    assert not list((path.parents[2] / "refs").glob("*"))
+
+
+def test_the_beginning_of_a_commit_means_it_when_the_branch_has_gone_on(hub: Hub) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    hub.moves_to["owner/lora"] = ("f" * 40, {"a.safetensors": WEIGHTS[1:]})
+    endpoint = huggingface_hub.constants.ENDPOINT
+    huggingface_hub.HfApi(endpoint).model_info("owner/lora", revision="main")
+    path = locate_lora(LoraSpec(f"{LORA.source}@{COMMIT[:7]}"))
+    assert (path.parent.name, path.read_bytes()) == (COMMIT, WEIGHTS)
+    newest = locate_lora(LORA)
+    assert (newest.parent.name, newest.read_bytes()) == ("f" * 40, WEIGHTS[1:])
+
+
+def test_a_branch_may_be_called_like_a_commit(hub: Hub) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    assert "has no revision decade5." in message_of(
+        WeightsError, lambda: locate_lora(LoraSpec(f"{LORA.source}@decade5"))
+    )
+    hub.branches.add("decade5")
+    assert locate_lora(LoraSpec(f"{LORA.source}@decade5")).parent.name == COMMIT
+
+
+def test_the_default_base_is_of_one_commit_wherever_its_branch_has_gone(
+    hub: Hub, original: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(HUB_MODEL, original)
+    assert message_of(WeightsError, lambda: locate_model(HUB_MODEL, ignore)) == (
+        f"--model {HUB_MODEL} has no revision 6f4df10. Give a branch, a tag or a commit after '@'."
+    )
+    monkeypatch.setitem(hub_module.HUB_REVISIONS, HUB_MODEL, COMMIT[:7])
+    hub.moves_to[HUB_MODEL] = ("f" * 40, {})
+    assert locate_model(HUB_MODEL, ignore).revision == COMMIT
+
+
 def test_what_a_link_in_the_cache_leads_to_elsewhere_is_not_deleted(
     hub: Hub, tmp_path: Path
 ) -> None:
