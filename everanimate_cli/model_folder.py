@@ -75,7 +75,7 @@ CHECKPOINT_PATTERNS = (
     "model_index.json",
     MODEL_DEFAULTS_FILE,
     "scheduler/*.json",
-    "image_processor/*.json",
+    "image_processor/*processor_config.json",  # the release has a tokenizer in there too
     *(f"{name}/*{suffix}" for name in NETWORKS for suffix in (".json", ".safetensors")),
     *(f"tokenizer/*{suffix}" for suffix in TOKENIZER_SUFFIXES),
     "diffusion_pytorch_model*.safetensors",

@@ -81,6 +81,7 @@ def test_a_model_is_downloaded_once_and_then_needs_no_network(
     hub.repositories["owner/tiny"] |= {
         "transformer/diffusion_pytorch_model.bin": b"a pickle",
         "assets/film.mp4": b"not needed",
+        "image_processor/tokenizer.json": b"not needed",
     }
     events: list[Event] = []
     source = locate_model("owner/tiny", events.append)
