@@ -46,8 +46,8 @@ def assemble(
 ) -> nn.Module:
     """Load one network, the blocks of a transformer one after the other.
 
-    Plain files are mapped, not read: memory is taken by what is in another dtype there, or comes
-    out of `change`, and by no more than one block before `finish` stores it in less.
+    Files are mapped where they can be, not read: memory is taken by what is in another dtype there,
+    or comes out of `change`, and by no more than one block before `finish` stores it in less.
 
     Args:
         source: From `hub.locate_model`; checked by `check_checkpoint`.

@@ -8,6 +8,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from everanimate_cli.main_memory import lay_out, layout_size
+from everanimate_cli.waiting import outlives_copy
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -91,21 +92,25 @@ class BlockStream:
         self._fetch((index + 1) % len(self._weights), other)
 
     def clear(self) -> None:
-        """Leave the card to others."""
+        """Leave the card to others, who can have its memory at once."""
         for place in self._places:
+            if place.is_used and place.index is not None:  # by a block that raised
+                self._weights[place.index].recall()
+        if self._places:
             # A copy that nobody waited for may still be under way.
-            self._current().wait_event(place.arrived)
+            self._side.synchronize()
         self._places = []
 
     def _fetch(self, index: int, place: _Place) -> None:
         """Copy a block to a place as soon as the work of the one before is done there."""
         source = self._weights[index].read()
-        place.index, place.parts = index, lay_out(source, place.buffer)
+        parts = lay_out(source, place.buffer)
         with self._streams.stream(self._side):
             self._side.wait_event(place.left)
-            for target, home in zip(place.parts, source, strict=True):
-                target.copy_(home, non_blocking=True)
+            for target, home in zip(parts, source, strict=True):
+                target.copy_(home, non_blocking=outlives_copy(home))
             place.arrived.record(self._side)
+        place.index, place.parts = index, parts  # not if one of them cannot be read
 
     def _free(self, place: _Place) -> None:
         place.left.record(self._current())
@@ -113,6 +118,8 @@ class BlockStream:
 
     def _make_place(self) -> _Place:
         buffer = torch.empty(self._size, dtype=torch.uint8, device=self._device)
+        # Whoever drops the stream during a copy: nobody gets this memory before the copy is done.
+        buffer.record_stream(self._side)
         place = _Place(buffer, arrived=self._streams.Event(), left=self._streams.Event())
         # What had this memory before may still be at work.
         place.left.record(self._current())

@@ -1,6 +1,6 @@
 """LoRA files: recognise their key names, check them against a network, add them to its weights.
 
-Everything but `load_lora` and `fuse_loras` works on headers and imports neither torch nor numpy, so
+Everything but `load_lora` and `LoraFiles` works on headers and imports neither torch nor numpy, so
 that a file that does not fit is refused before the first heavy import.
 """
 
@@ -16,7 +16,7 @@ from everanimate_cli.lora_config import LoraConfig, read_lora_config
 from everanimate_cli.safetensors_header import read_metadata, read_number, read_tensor_shapes
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -24,6 +24,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 # the names would also hit the face adapter, which the released LoRAs never touch.
 LORA_TARGET_PATTERN = r"blocks\.\d+\.(attn[12]\.(to_q|to_k|to_v|to_out\.0)|ffn\.net\.(0\.proj|2))"
 
+_FUSED_ROWS = 256  # of a weight, which are fused at a time
 _NUM_LISTED = 3  # keys that an error message names before it counts the rest
 
 # Module names of diffusers, and of the original Wan code that most LoRA files use. Read from top
@@ -244,34 +245,6 @@ def load_lora(path: Path, network_shapes: Shapes) -> "dict[str, Tensor]":
     return converted
 
 
-def fuse_loras(network: "nn.Module", loras: Sequence[tuple[Path, float]]) -> int:
-    """Add LoRAs to the weights of a network: W + sum of scale * B @ A, once and for all.
-
-    The sum is formed in float32 and rounded once to the dtype of the weight, so that the order of
-    two LoRAs does not matter.
-
-    Args:
-        network: A network without adapters; changed in place.
-        loras: Files with their scales; 1 is what a LoRA was trained for, whatever its rank.
-
-    Returns:
-        Number of parameters changed.
-
-    Raises:
-        WeightsError: As `plan_lora`; the network is unchanged then.
-
-    Source: parity file `lora.safetensors`.
-    """
-    parameters = dict(network.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    found = plan_loras(loras, shapes)
-    with LoraFiles(loras) as files:
-        for name, shares in found.items():
-            weight = parameters[name].data
-            weight.copy_(files.fuse(shares, weight))
-    return len(found)
-
-
 class LoraShare(NamedTuple):
     """What one of several LoRAs adds to a parameter.
 
@@ -291,6 +264,10 @@ def plan_loras(
 ) -> dict[str, list[LoraShare]]:
     """What several LoRAs add, by parameter of the network.
 
+    Args:
+        loras: Files with their scales; 1 is what a LoRA was trained for, whatever its rank.
+        network_shapes: As in `plan_lora`.
+
     Raises:
         WeightsError: As `plan_lora`.
     """
@@ -309,7 +286,7 @@ class LoraFiles(ExitStack):
         """Open them.
 
         Args:
-            loras: As in `fuse_loras`; the scales do not matter.
+            loras: As in `plan_loras`; the scales do not matter.
         """
         super().__init__()
         from safetensors import safe_open  # noqa: PLC0415  # late, as in `load_lora`
@@ -321,18 +298,33 @@ class LoraFiles(ExitStack):
         return [self._files[share.lora].get_tensor(key) for key in share.update.keys]
 
     def fuse(self, shares: Sequence[LoraShare], weight: "Tensor") -> "Tensor":
-        """A weight with what is added to it: formed in float32 and rounded once to its dtype."""
-        delta = sum(self.delta(share, weight) for share in shares)
-        return (weight.float() + delta).to(weight.dtype)
+        """A weight with what is added to it: W + sum of scale * B @ A.
 
-    def delta(self, share: LoraShare, weight: "Tensor") -> "Tensor":
-        """What is added to a weight, in float32 on its device."""
-        tensors = [tensor.to(weight.device).float() for tensor in self.read(share)]
-        if len(tensors) == 1:
-            return share.factor * tensors[0].view(weight.shape)
-        down, up = tensors
-        # Convolutions come as [rank, in, 1, 2, 2].
-        return share.factor * (up.flatten(1) @ down.flatten(1)).view(weight.shape)
+        The sum is formed in float32 and rounded once to the dtype of the weight, so that the order
+        of two LoRAs does not matter. It is formed some rows at a time: whole, the largest weights
+        in float32 would take more memory than a block.
+
+        Source: parity file `lora.safetensors`.
+        """
+        updates = [
+            (share.factor, [each.to(weight.device).float() for each in self.read(share)])
+            for share in shares
+        ]
+        result = weight.new_empty(weight.shape)
+        for start in range(0, len(weight), _FUSED_ROWS):
+            rows = slice(start, start + _FUSED_ROWS)
+            delta = sum(factor * _rows(tensors, rows, weight) for factor, tensors in updates)
+            result[rows] = weight[rows].float() + delta
+        return result
+
+
+def _rows(tensors: "Sequence[Tensor]", rows: slice, weight: "Tensor") -> "Tensor":
+    """Some rows of an update of a weight, before its factor."""
+    if len(tensors) == 1:
+        return tensors[0].view(weight.shape)[rows]
+    down, up = tensors
+    # Convolutions come as [rank, in, 1, 2, 2].
+    return (up[rows].flatten(1) @ down.flatten(1)).view(-1, *weight.shape[1:])
 
 
 def released_key(diffusers_key: str) -> str:

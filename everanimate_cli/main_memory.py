@@ -17,7 +17,7 @@ _GIB = 2**30
 # What stays free beside pinned memory, which the system can neither swap out nor take back.
 PINNING_RESERVE = 3 * _GIB
 _ALIGNMENT = 256  # bytes, as of allocations of CUDA
-_PIECE = 2**29  # bytes; a power of two, to which torch rounds up what it pins
+PINNED_PIECE = 2**29  # bytes; a power of two, to which torch rounds up what it pins
 # Of control groups, version 2 and 1: limits, what is in use, and what of it are cached files.
 _GROUP_FILES = {
     2: (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
@@ -113,8 +113,9 @@ def why_not_pinned(num_bytes: float, free_bytes: float | None) -> str | None:
 class PinnedMemory:
     """Main memory that a card reads by itself, at the full speed of its bus and beside other work.
 
-    It is taken in large pieces that are filled one after the other: torch rounds each tensor that
-    it pins up to a power of two, which for the weights of a large block is half as much again.
+    It is taken in large pieces, for torch rounds each tensor that it pins up to a power of two,
+    which for the weights of a large block is half as much again. A tensor lies in the first piece
+    that has room for it, so that smaller ones fill the gaps that large ones leave (`pinned_size`).
     """
 
     def __init__(self, allocate: Callable[[int], Tensor] | None = None) -> None:
@@ -124,7 +125,8 @@ class PinnedMemory:
             allocate: Gives so many pinned bytes; None for torch's.
         """
         self._allocate = allocate or _allocate_pinned
-        self._left = torch.empty(0, dtype=torch.uint8)  # of the newest piece
+        self._pieces: list[Tensor] = []
+        self._packing = _Packing()
         self._reason: str | None = None
 
     @property
@@ -149,13 +151,14 @@ class PinnedMemory:
 
     def _take(self, tensor: Tensor) -> Tensor | None:
         needed = layout_size([tensor])
-        if needed > self._left.numel():
-            size = max(_PIECE, 1 << (needed - 1).bit_length())
+        found = self._packing.find(needed)
+        if found is None:
+            size = _piece_size(needed)
             self._reason = why_not_pinned(size, free_main_memory())
             if self._reason is not None:
                 return None
             try:
-                self._left = self._allocate(size)
+                self._pieces.append(self._allocate(size))
             except RuntimeError as error:  # of the driver, which may have limits of its own
                 words = str(error).strip().splitlines()
                 self._reason = (
@@ -163,9 +166,50 @@ class PinnedMemory:
                     "the card take longer"
                 )
                 return None
-        (target,) = lay_out([tensor], self._left)
-        self._left = self._left[needed:]
+            found = self._packing.add(size, needed)
+        piece, start = found
+        (target,) = lay_out([tensor], self._pieces[piece][start : start + needed])
         return target
+
+
+class _Packing:
+    """Which tensor lies in which piece."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self._used: list[int] = []
+
+    def find(self, needed: int) -> tuple[int, int] | None:
+        """Take so many bytes of the first piece that has them: its number and where they start."""
+        for piece, (size, start) in enumerate(zip(self.sizes, self._used, strict=True)):
+            if start + needed <= size:
+                self._used[piece] += needed
+                return piece, start
+        return None
+
+    def add(self, size: int, needed: int) -> tuple[int, int]:
+        """The same of a new piece."""
+        self.sizes.append(size)
+        self._used.append(needed)
+        return len(self.sizes) - 1, 0
+
+
+def _piece_size(needed: int) -> int:
+    return max(PINNED_PIECE, 1 << (needed - 1).bit_length())
+
+
+def pinned_size(sizes: Iterable[int]) -> int:
+    """Bytes of main memory that `PinnedMemory` takes for tensors.
+
+    Args:
+        sizes: Bytes of each, in the order in which they are copied.
+    """
+    packing = _Packing()
+    for size in sizes:
+        needed = _padded(size)
+        if packing.find(needed) is None:
+            packing.add(_piece_size(needed), needed)
+    return sum(packing.sizes)
 
 
 def _allocate_pinned(num_bytes: int) -> Tensor:
@@ -174,7 +218,7 @@ def _allocate_pinned(num_bytes: int) -> Tensor:
 
 def layout_size(tensors: Iterable[Tensor]) -> int:
     """Bytes of a buffer that holds tensors one after the other."""
-    return sum(_padded(tensor) for tensor in tensors)
+    return sum(_padded(_num_bytes(tensor)) for tensor in tensors)
 
 
 def lay_out(tensors: Iterable[Tensor], buffer: Tensor) -> list[Tensor]:
@@ -188,12 +232,15 @@ def lay_out(tensors: Iterable[Tensor], buffer: Tensor) -> list[Tensor]:
     for tensor in tensors:
         # Strides of a part of a larger tensor have gaps, which a copy of it has not.
         strides = torch.empty_like(tensor, device="meta").stride()
-        flat = buffer[start : start + tensor.numel() * tensor.element_size()].view(tensor.dtype)
+        flat = buffer[start : start + _num_bytes(tensor)].view(tensor.dtype)
         places.append(flat.as_strided(tensor.shape, strides, flat.storage_offset()))
-        start += _padded(tensor)
+        start += _padded(_num_bytes(tensor))
     return places
 
 
-def _padded(tensor: Tensor) -> int:
-    num_bytes = tensor.numel() * tensor.element_size()
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _padded(num_bytes: int) -> int:
     return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT

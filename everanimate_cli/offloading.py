@@ -357,7 +357,9 @@ def store_block(block: nn.Module, precision: str, device: torch.device, dtype: t
     elif precision in _TORCHAO_CONFIGS:
         quantization = importlib.import_module("torchao.quantization")
         block.to(device)
-        quantization.quantize_(block, getattr(quantization, _TORCHAO_CONFIGS[precision])())
+        # Left on, it would change the compiler's settings of the whole process.
+        config = getattr(quantization, _TORCHAO_CONFIGS[precision])(set_inductor_config=False)
+        quantization.quantize_(block, config)
     elif precision == "nf4":
         _store_as_nf4(block, dtype)
         block.to(device)  # which packs them
@@ -486,8 +488,17 @@ def check_room(num_bytes: float, folder: Path) -> None:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an error says that memory is short: torch has an exception for it on CUDA only."""
-    words = ("MPS backend out of memory", "DefaultCPUAllocator: can't allocate memory")
+    """Whether an error says that memory is short.
+
+    torch's exception for it comes from its own allocator of CUDA memory alone.
+    """
+    words = (
+        "CUDA error: out of memory",  # of the driver, for kernels and handles
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+        "MPS backend out of memory",
+        "DefaultCPUAllocator: can't allocate memory",
+    )
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 

@@ -18,7 +18,7 @@ from everanimate_cli.checkpoint import KINDS, check_network, dtype_in_memory, pa
 from everanimate_cli.errors import SettingsError
 from everanimate_cli.estimates import BLOCK_LINEAR, Geometry, geometry_of, read_geometry
 from everanimate_cli.library_logs import quiet_libraries
-from everanimate_cli.main_memory import free_main_memory
+from everanimate_cli.main_memory import PINNED_PIECE, free_main_memory, pinned_size
 from everanimate_cli.model_folder import ModelSource
 from everanimate_cli.offloading import STREAMED, check_package
 from everanimate_cli.placement_settings import Placement, PlacementOptions, Precision, Tiling
@@ -124,7 +124,8 @@ class Estimate:
         weights_mib: Of each network as it is stored.
         phases_mib: Most that is on the device while text is encoded, pictures are encoded, a step
             is computed, frames are decoded.
-        main_memory_mib: What waits in main memory for its turn.
+        main_memory_mib: What waits in main memory for its turn; for a card, with what its pieces
+            have left over (`main_memory.pinned_size`).
         loading_mib: Most of main memory that loading takes, but for mapped files, which the system
             drops when it needs the memory.
         disk_mib: Files of the blocks.
@@ -262,26 +263,37 @@ def estimate(sizes: Sizes, placement: Placement, job: Job, *, has_streams: bool 
         + step,
         "decode": beside["vae"] + vae + decode,
     }
+    rest = {key: mib for key, mib in stored["transformer"].items() if key not in streamed}
+    # In the order in which they come to their home.
     homes = {
-        "none": clip if has_streams else 0.0,
-        "model": weights["transformer"] + vae + clip,
-        "group": sum(streamed.values()) + vae + clip + (stays if has_streams else 0.0),
-        "disk": vae + clip + (stays if has_streams else 0.0),
-    }
+        "none": [],
+        "model": [stored["transformer"], stored["vae"]],
+        "group": [streamed, rest if has_streams else {}, stored["vae"]],
+        "disk": [rest if has_streams else {}, stored["vae"]],
+    }[placement.offload]
+    if has_streams or placement.offload != "none":
+        homes.append(stored["image_encoder"])
+    home_sizes = [round(mib * _MIB) for home in homes for mib in home.values()]
+    is_pinned = has_streams and placement.offload != "disk"
+    main_memory_mib = (pinned_size(home_sizes) if is_pinned else sum(home_sizes)) / _MIB
     loaded = vae + clip + weights["transformer"]
-    if not sizes.packed:
-        # One block after the other is stored as it stays, and leaves if it waits elsewhere.
-        leaves = placement.offload == "disk" or (placement.offload == "none" and has_streams)
-        if leaves:
-            loaded -= sum(streamed.values())
-        if leaves or placement.precision != "full":
-            full = sizes.stored_mib("transformer", "full", job.dtype)
-            loaded += _largest_block_mib({key: full[key] for key in streamed})
+    passes = 0.0
+    # One block after the other is stored as it stays, and leaves if it waits elsewhere.
+    leaves = placement.offload == "disk" or (placement.offload == "none" and has_streams)
+    if leaves:
+        loaded -= sum(streamed.values())
+    if leaves or placement.precision != "full":
+        full = sizes.stored_mib("transformer", "full", job.dtype)
+        passes = _largest_block_mib({key: full[key] for key in streamed})
+    if is_pinned and placement.offload != "none":
+        # The newest piece is there before the weights that it is for have left their place.
+        loaded += main_memory_mib - sum(home_sizes) / _MIB
+        passes = max(passes, PINNED_PIECE / _MIB)
     return Estimate(
         weights_mib=weights,
         phases_mib=phases,
-        main_memory_mib=homes[placement.offload],
-        loading_mib=max(loaded, weights["text_encoder"]),
+        main_memory_mib=main_memory_mib,
+        loading_mib=max(loaded + passes, weights["text_encoder"]),
         disk_mib=sum(streamed.values()) if placement.offload == "disk" else 0.0,
     )
 
@@ -444,6 +456,7 @@ def plan_for_machine(
     job: Job,
     *,
     begun: Mapping[str, object] | None = None,
+    num_sharing: int = 1,
 ) -> Plan:
     """`choose_placement` with what is free on this machine now.
 
@@ -453,6 +466,8 @@ def plan_for_machine(
         sizes: Of the checkpoint.
         job: What is computed.
         begun: Request of a run that may be continued, see `continued`.
+        num_sharing: Processes of the run on this machine, each with a card of its own. Weights
+            wait in the main memory of each.
 
     Raises:
         SettingsError: As `choose_placement`, and if the device cannot multiply as asked for.
@@ -465,7 +480,7 @@ def plan_for_machine(
         sizes,
         job,
         free_mib=None if free_bytes is None else free_bytes / _MIB,
-        free_main_mib=None if free_main_bytes is None else free_main_bytes / _MIB,
+        free_main_mib=None if free_main_bytes is None else free_main_bytes / _MIB / num_sharing,
     )
     if choice.placement.precision == "fp8-matmul":
         check_fp8_matmul(device, job.dtype)

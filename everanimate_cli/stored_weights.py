@@ -200,10 +200,7 @@ def _read_file(path: Path, device: str) -> Tensors:
     if path.suffix == ".pth":
         return _read_pickle(path, device)
     if path.suffix == ".gguf":
-        # Imports the package gguf, which is optional.
-        from diffusers.models.model_loading_utils import load_gguf_checkpoint  # noqa: PLC0415
-
-        return dict(load_gguf_checkpoint(path))
+        return _read_gguf(path)
     if device != "meta":
         return load_file(path)
     entries = read_tensor_entries(path)
@@ -322,6 +319,27 @@ def _read_stored_gguf(source: ModelSource, path: Path) -> dict[str, Stored]:
     )
     num_bytes = {key: functools.reduce(int.__mul__, shape, 1) for key, shape in packed.items()}
     return {key: Stored(shape, num_bytes.get(key) or None) for key, shape in shapes.items()}
+
+
+def _read_gguf(path: Path) -> Tensors:
+    """As `diffusers.models.model_loading_utils.load_gguf_checkpoint`, mapped instead of copied.
+
+    The header has been read before (`read_gguf_header`), so that all types are known.
+    """
+    # An optional package; diffusers' part imports it too.
+    from diffusers.quantizers.gguf.utils import GGUFParameter  # noqa: PLC0415
+    from gguf import GGUFReader  # noqa: PLC0415
+
+    found: Tensors = {}
+    # "c": whoever writes to a tensor gets a copy of its page, and the file stays as it is.
+    for entry in GGUFReader(path, "c").tensors:
+        is_aligned = entry.data.flags.aligned  # which a file may leave open
+        tensor = torch.from_numpy(entry.data if is_aligned else entry.data.copy())
+        is_plain = tensor.is_floating_point()  # else bytes
+        found[entry.name] = (
+            tensor if is_plain else GGUFParameter(tensor, quant_type=entry.tensor_type)
+        )
+    return found
 
 
 def is_packed_type(ggml_name: str) -> bool:

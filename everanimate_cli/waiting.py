@@ -24,12 +24,17 @@ class WaitingWeights:
     """The weights and buffers of a module, which have a home and are on a device for a time.
 
     They do not change, so that the way back costs nothing: the module is given its home again.
+    What the module has in several places, in one parameter or in several of the same data, is kept
+    and lent once.
     """
 
     def __init__(self, module: nn.Module) -> None:
         """Take the module, whose home is where its weights are now."""
         self._tensors = _list_tensors(module)
-        self._home: list[Tensor] | None = [part for each in self._tensors for part in each.parts()]
+        parts = [part for each in self._tensors for part in each.parts()]
+        # Which of the tensors at home each part is.
+        self._home: list[Tensor] | None
+        self._home, self._indices = _unite(parts)
         self._path: Path | None = None
 
     @property
@@ -39,7 +44,7 @@ class WaitingWeights:
         return sum(part.numel() * part.element_size() for part in self._home)
 
     def read(self) -> list[Tensor]:
-        """All weights at home, as plain tensors; from a file they are mapped."""
+        """All weights at home, each once, as plain tensors; from a file they are mapped."""
         if self._home is not None:
             return self._home
         stored = load_file(str(self._path))
@@ -47,16 +52,16 @@ class WaitingWeights:
 
     def lend(self, parts: Sequence[Tensor]) -> None:
         """Let the module compute with copies of what `read` gave."""
-        left = iter(parts)
+        left = iter([parts[index] for index in self._indices])
         for tensor in self._tensors:
             tensor.put(left)
 
     def bring(self, device: torch.device) -> None:
         """Let the module compute on a device."""
-        # A copy also where main memory is the device, so that this can be measured there. Work
-        # that follows on the same stream waits for it.
-        is_card = device.type == "cuda"
-        self.lend([part.to(device, non_blocking=is_card, copy=True) for part in self.read()])
+        # A copy also where main memory is the device, so that this can be measured there.
+        self.lend(
+            [part.to(device, non_blocking=outlives_copy(part), copy=True) for part in self.read()]
+        )
 
     def recall(self) -> None:
         """Give the device's memory back."""
@@ -69,11 +74,16 @@ class WaitingWeights:
     def pin(self, memory: PinnedMemory) -> None:
         """Move what is at home into pinned memory, as far as there is any, one by one."""
         assert self._home is not None
-        originals, self._home = self._home[::-1], []
+        originals: dict[int, Tensor] = dict(enumerate(self._home))
+        copies: dict[int, Tensor] = {}
+        self._home, left = None, iter(self._indices)
         for tensor in self._tensors:
-            parts = memory.copy([originals.pop() for _ in tensor.parts()])
-            tensor.put(iter(parts))
-            self._home += parts
+            indices = [next(left) for _ in tensor.parts()]
+            for index in indices:
+                if index in originals:
+                    (copies[index],) = memory.copy([originals.pop(index)])
+            tensor.put(iter([copies[index] for index in indices]))
+        self._home = [copies[index] for index in range(len(copies))]
 
     def move_to_file(self, path: Path) -> None:
         """Keep the weights in a file from now on.
@@ -82,13 +92,23 @@ class WaitingWeights:
             OSError: If it cannot be written.
         """
         assert self._home is not None
-        parts = {str(index): part.contiguous() for index, part in enumerate(self._home)}
+        parts = {str(index): part for index, part in enumerate(_separate(self._home))}
         try:
             save_file(parts, str(path))
         except SafetensorError as error:
             raise OSError(str(error)) from error
         self._home, self._path = None, path
         self.recall()
+
+
+def outlives_copy(tensor: Tensor) -> bool:
+    """Whether a copy to a card may still be under way when the tensor in main memory is given up.
+
+    torch keeps pinned memory until the copy is done. Of other memory CUDA takes a copy first on
+    most machines, but where the card reads it by itself (Grace, and Linux with heterogeneous memory
+    management) it may be gone by then, such as a file that is no longer mapped.
+    """
+    return tensor.is_pinned()
 
 
 class _Plain:
@@ -142,6 +162,34 @@ def _list_tensors(module: nn.Module) -> list[_Plain | _Wrapped]:
             else:
                 found.append(_Plain(tensor))
     return found
+
+
+def _unite(parts: Sequence[Tensor]) -> tuple[list[Tensor], list[int]]:
+    """Parts without those that are the same memory, and for each part which of these it is."""
+    found: dict[tuple[Any, ...], int] = {}
+    home: list[Tensor] = []
+    indices = []
+    for part in parts:
+        memory = (part.untyped_storage()._cdata, part.storage_offset(), part.dtype)
+        key = (*memory, part.shape, part.stride())
+        if key not in found:
+            found[key] = len(home)
+            home.append(part)
+        indices.append(found[key])
+    return home, indices
+
+
+def _separate(parts: Sequence[Tensor]) -> list[Tensor]:
+    """The same, contiguous and without common memory: safetensors writes no others."""
+    result = [part.contiguous() for part in parts]
+    end = 0
+    for index in sorted(range(len(result)), key=lambda index: result[index].data_ptr()):
+        part = result[index]
+        if part.data_ptr() < end:
+            result[index] = part.clone()
+        else:
+            end = part.data_ptr() + part.numel() * part.element_size()
+    return result
 
 
 def _flatten(tensor: Tensor) -> tuple[list[Tensor], Rebuild]:

@@ -41,9 +41,14 @@ class Stream:
 
     def __init__(self, _device: torch.device) -> None:
         self.seen = 0
+        self.done = 0
 
     def wait_event(self, event: Event) -> None:
         self.seen = max(self.seen, event.time)
+
+    def synchronize(self) -> None:
+        """The program waits for all that the stream was given."""
+        self.done = Stream.clock.tick()
 
 
 class Streams:
@@ -66,8 +71,10 @@ class Streams:
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         before, self.active = self.active, stream
-        yield
-        self.active = before
+        try:
+            yield
+        finally:
+            self.active = before
 
 
 @pytest.fixture
@@ -79,15 +86,27 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Any:
     copied: dict[int, int] = {}  # when, by address of a place
     used: dict[int, int] = {}
     log: list[str] = []
+    marked: dict[int, Stream] = {}  # who uses which place, beside its own stream
     copy = Tensor.copy_
+    # As where main memory had no room to pin all.
+    pinned = {block.weight.data_ptr() for block in blocks[1:]}
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in pinned)
+
+    def mark(tensor: Tensor, stream: Stream) -> None:
+        marked[tensor.untyped_storage().data_ptr()] = stream
+
+    monkeypatch.setattr(Tensor, "record_stream", mark)
 
     def note_copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         if streams.active is not streams.main:
-            assert non_blocking
+            # What is not pinned may be gone before the copy is done.
+            assert non_blocking == (source.data_ptr() in pinned)
             place = target.untyped_storage().data_ptr()
             # Nothing is written over what a block still computes with.
             assert streams.active.seen >= used.get(place, 0)
             copied[place] = Stream.clock.tick()
+            # Dropped during this copy, the place is kept from others until it is done.
+            assert marked[place] is streams.active
             if source.ndim == 2:
                 log.append(f"copy {source.shape[0] - 4}")
         return copy(target, source)
@@ -98,7 +117,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Any:
         def __init__(self) -> None:
             pairs = [(block, WaitingWeights(block)) for block in blocks]
             self.stream = BlockStream(pairs, CPU, prefetch=True, streams=streams)
-            self.log, self.blocks = log, blocks
+            self.log, self.blocks, self.streams, self.copied = log, blocks, streams, copied
 
         def call(self, index: int) -> None:
             block = blocks[index]
@@ -146,6 +165,39 @@ def test_memory_is_given_back_between(work: Any) -> None:
     work.call(0)
     work.stream.clear()
     assert work.places() == 0
+    # The next block was under way, and nothing is any longer.
+    (side,) = work.streams.made
+    assert side.done > max(work.copied.values())
+    for index in range(4):
+        work.call(index)
+
+
+def test_memory_of_a_block_that_raised_is_given_back(work: Any) -> None:
+    block = work.blocks[0]
+    homes = [block.weight.data_ptr(), block.bias.data_ptr()]
+    with pytest.raises(RuntimeError):
+        block(torch.ones(2, 7))
+    assert block.weight.data_ptr() != homes[0]
+    work.stream.clear()
+    assert [block.weight.data_ptr(), block.bias.data_ptr()] == homes
+    work.call(0)
+
+
+def test_a_block_that_could_not_be_read_is_not_taken_for_there(
+    work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place had its number before it had its weights."""
+    copy = Tensor.copy_
+    with monkeypatch.context() as patch:
+
+        def fail(target: Tensor, source: Tensor, **options: Any) -> Tensor:
+            if source.ndim == 1:  # after the weight itself
+                raise OSError("Input/output error")
+            return copy(target, source, **options)
+
+        patch.setattr(Tensor, "copy_", fail)
+        with pytest.raises(OSError, match="Input/output"):
+            work.blocks[0](torch.ones(2, 4))
     for index in range(4):
         work.call(index)
 

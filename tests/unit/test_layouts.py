@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from checkpoints import assert_same_weights, ignore, message_of, weights_mib
 from original import (
     CLIP_FILE,
     T5_FILE,
@@ -26,20 +27,20 @@ from original import (
 )
 from safetensors.torch import load_file, save_file
 from tiny import TINY_DEFAULTS
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, scaled_dot_product_attention
 
 from everanimate_cli.checkpoint import (
     check_checkpoint,
     check_network,
     checkpoint_hash,
-    count_parameters,
+    packed_weights,
 )
-from everanimate_cli.errors import EverAnimateError, InputError, SettingsError, WeightsError
-from everanimate_cli.estimates import read_geometry, weights_mib
+from everanimate_cli.errors import InputError, SettingsError, WeightsError
+from everanimate_cli.estimates import read_geometry
 from everanimate_cli.gguf_header import GGUF_TYPES, read_gguf_header
 from everanimate_cli.hub import locate_model
-from everanimate_cli.model_folder import ModelSource, find_layout
+from everanimate_cli.model_folder import NETWORKS, ModelSource, find_layout
 from everanimate_cli.placement_settings import Placement
 from everanimate_cli.preflight import check_transformer
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
@@ -52,28 +53,11 @@ from everanimate_cli.weights import (
     load_vae,
 )
 
-NETWORKS = ("transformer", "vae", "text_encoder", "image_encoder")
 CPU = torch.device("cpu")
 INDEX = f"{TRANSFORMER_FILE}.index.json"
 ADVICE = "Give a complete Wan2.2-Animate checkpoint."
 
 Tensors = dict[str, Tensor]
-
-
-def ignore(_event: object) -> None:
-    """An `on_event` for nobody."""
-
-
-def message_of(error: type[EverAnimateError], call: Callable[[], object]) -> str:
-    with pytest.raises(error) as caught:
-        call()
-    assert type(caught.value) is error
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
-
-def assert_same_weights(network: nn.Module, expected: nn.Module) -> None:
-    torch.testing.assert_close(network.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
 @pytest.fixture(scope="module")
@@ -165,7 +149,6 @@ def test_the_original_layout_gives_exactly_the_networks(
 
 def test_both_layouts_are_described_alike(written: Path, source: ModelSource) -> None:
     other = ModelSource(folder=written / "diffusers", defaults=TINY_DEFAULTS, name="diffusers")
-    assert count_parameters(source) == count_parameters(other)
     assert read_geometry(source) == read_geometry(other)
     for dtype in (torch.float32, torch.bfloat16):
         assert weights_mib(source, dtype) == weights_mib(other, dtype)
@@ -639,7 +622,7 @@ def test_a_gguf_file(
     save_file(meant, Path("plain.safetensors"))
     source = with_file(base, Path("animate.gguf"))
     check_checkpoint(source)
-    assert count_parameters(source) == count_parameters(base)
+    assert check_network(source, "transformer") == check_network(base, "transformer")
     loaded = load_transformer(source, CPU, torch.float32)
     assert capfd.readouterr() == ("", "")
     in_memory = sum(p.numel() * p.element_size() for p in loaded.parameters())
@@ -686,6 +669,29 @@ def test_a_gguf_file_in_a_pipeline(base: ModelSource, networks: dict[str, Any]) 
         )
         assert torch.equal(run(placed.transformer), expected)
         assert bool(list(Path(offload).iterdir())) == (offload == "disk")
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_a_gguf_file_is_mapped_and_not_written_to(
+    base: ModelSource, networks: dict[str, Any]
+) -> None:
+    """It was copied to main memory whole, also where its blocks were to wait on disk."""
+    tensors = name_transformer(networks["transformer"])
+    path = Path("animate.gguf")
+    write_gguf(path, tensors, choose_types(tensors), drop_ones=False)
+    before = path.read_bytes()
+    loaded = load_transformer(with_file(base, path), CPU, torch.float32)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    (ends, *_) = (line[0].split("-") for line in lines if line[-1] == str(path.resolve()))
+    start, end = (int(each, 16) for each in ends)
+    packed = packed_weights(with_file(base, path))
+    assert "blocks.0.ffn.net.0.proj.weight" in packed
+    for key in packed:
+        weight = loaded.get_parameter(key)
+        assert start <= weight.data_ptr() < end
+        with torch._C.DisableTorchFunctionSubclass():
+            weight.data.fill_(7)
+    assert path.read_bytes() == before
 
 
 def test_a_gguf_header_is_read_without_the_package(tmp_path: Path) -> None:

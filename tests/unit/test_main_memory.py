@@ -13,6 +13,7 @@ from everanimate_cli.main_memory import (
     free_main_memory,
     lay_out,
     layout_size,
+    pinned_size,
     why_not_pinned,
 )
 
@@ -159,12 +160,12 @@ def test_pinning_leaves_a_reserve() -> None:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Pieces of 1 KiB; how much is free can be set by the test, as the one number."""
     free = [2**40]
-    monkeypatch.setattr(main_memory, "_PIECE", 1024)
+    monkeypatch.setattr(main_memory, "PINNED_PIECE", 1024)
     monkeypatch.setattr(main_memory, "free_main_memory", lambda: free[0])
     return free
 
 
-def test_pieces_are_filled_one_after_the_other(small_pieces: list[int]) -> None:
+def test_a_tensor_lies_in_the_first_piece_with_room_for_it(small_pieces: list[int]) -> None:
     sizes: list[int] = []
 
     def allocate(num_bytes: int) -> Tensor:
@@ -173,14 +174,19 @@ def test_pieces_are_filled_one_after_the_other(small_pieces: list[int]) -> None:
         return torch.empty(num_bytes, dtype=torch.uint8)
 
     memory = PinnedMemory(allocate)
-    tensors = [torch.full((100,), float(index)) for index in range(5)]  # 400 bytes, in 512
-    first, second = memory.copy(tensors[:3]), memory.copy(tensors[3:])
-    assert sizes == [1024, 1024, 1024]
-    for copy, tensor in zip((*first, *second), tensors, strict=True):
+    # Bytes: 768, 512 in a new piece, 256 in the gap of the first, 512 again in the second.
+    tensors = [torch.full((count,), float(count)) for count in (150, 100, 50, 101)]
+    first, second = memory.copy(tensors[:2]), memory.copy(tensors[2:])
+    copies = (*first, *second)
+    assert sizes == [1024, 1024]
+    for copy, tensor in zip(copies, tensors, strict=True):
         assert torch.equal(copy, tensor)
         assert copy.data_ptr() != tensor.data_ptr()
+    starts = [copy.storage_offset() * 4 for copy in copies]
+    assert starts == [0, 0, 768, 512]
+    assert copies[2].untyped_storage().data_ptr() == copies[0].untyped_storage().data_ptr()
     memory.copy([torch.zeros(700)])  # larger than a piece: a power of two, as torch would take
-    assert sizes[3:] == [4096]
+    assert sizes[2:] == [4096]
     assert memory.reason is None
     # From the first piece on that there is no room for, nothing more is pinned.
     small_pieces[0] = PINNING_RESERVE + 1000
@@ -189,7 +195,27 @@ def test_pieces_are_filled_one_after_the_other(small_pieces: list[int]) -> None:
     assert kept[1] is tensors[1]
     assert memory.reason is not None
     assert memory.reason.startswith("0.0 GiB of main memory are too much to pin with 3.0 GiB free")
-    assert len(sizes) == 4
+    assert len(sizes) == 3
+
+
+def test_what_is_pinned_is_known_before(small_pieces: list[int]) -> None:
+    assert small_pieces
+    draw = torch.Generator().manual_seed(0)
+    counts = torch.randint(1, 1500, (200,), generator=draw).tolist()
+    sizes: list[int] = []
+
+    def allocate(num_bytes: int) -> Tensor:
+        sizes.append(num_bytes)
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+    tensors = [
+        torch.full((count,), index % 251, dtype=torch.uint8) for index, count in enumerate(counts)
+    ]
+    copies = PinnedMemory(allocate).copy(tensors)
+    assert all(torch.equal(*pair) for pair in zip(copies, tensors, strict=True))  # none overlap
+    assert pinned_size(counts) == sum(sizes)
+    assert sum(sizes) < 1.4 * sum(counts)
+    assert pinned_size([]) == 0
 
 
 def test_what_the_driver_refuses_stays_where_it_is(small_pieces: list[int]) -> None:

@@ -21,6 +21,7 @@ from everanimate_cli import main_memory, offloading
 from everanimate_cli.acceleration import use_channels_last
 from everanimate_cli.block_stream import BlockStream
 from everanimate_cli.errors import RunError, SettingsError
+from everanimate_cli.estimates import geometry_of
 from everanimate_cli.offloading import (
     Rota,
     check_package,
@@ -33,6 +34,7 @@ from everanimate_cli.offloading import (
 )
 from everanimate_cli.piecewise import BandedConv3d, PiecewiseBlock
 from everanimate_cli.pipeline import AnimatePipeline, Conditioning
+from everanimate_cli.placement import Job, Sizes, estimate
 from everanimate_cli.placement_settings import Placement
 from everanimate_cli.schedule import shifted_sigmas
 
@@ -263,7 +265,7 @@ def test_on_a_card_blocks_are_pinned_and_the_next_is_fetched_meanwhile(
 
     monkeypatch.setattr(offloading, "BlockStream", stand_in)
     monkeypatch.setattr(main_memory, "_allocate_pinned", allocate)
-    monkeypatch.setattr(main_memory, "_PIECE", 2**18)
+    monkeypatch.setattr(main_memory, "PINNED_PIECE", 2**18)
     monkeypatch.setattr(main_memory, "free_main_memory", lambda: 2**40)
     networks = networks_of(build_tiny_pipeline())
     transformer: Any = networks["transformer"]
@@ -293,6 +295,20 @@ def test_on_a_card_blocks_are_pinned_and_the_next_is_fetched_meanwhile(
     assert not any(start <= table.data_ptr() < end for start, end in ends)
     rota.clear()
     assert any(start <= table.data_ptr() < end for start, end in ends)
+    # All pieces, with what is left over in them, are what was estimated.
+    for name in ("vae", "image_encoder"):
+        rota.bring(name)
+    weights = {
+        name: {key: tuple(value.shape) for key, value in network.named_parameters()}
+        for name, network in networks.items()
+    }
+    geometry = geometry_of(transformer.config, networks["vae"].config)
+    needed = estimate(
+        Sizes(geometry=geometry, shapes=weights | {"text_encoder": {}}),
+        Placement(offload="group", prefetch=prefetch),
+        Job(height=48, width=64, frames_per_chunk=9, num_identity_slots=4, dtype=torch.float32),
+    )
+    assert sum(piece.numel() for piece in pieces) == needed.main_memory_mib * 2**20
 
 
 def test_on_a_card_the_vae_works_in_bands() -> None:
@@ -408,17 +424,18 @@ def test_torchao_gets_every_block(
     precision: str, config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A stand-in for the package: which modules it is given, and what it is asked for."""
-    given: list[tuple[nn.Module, str]] = []
+    given: list[tuple[nn.Module, tuple[str, dict[str, Any]]]] = []
     fake = types.ModuleType("torchao.quantization")
     for name in ("Int8WeightOnlyConfig", "Float8WeightOnlyConfig"):
-        setattr(fake, name, type(name, (), {}))
-    fake.quantize_ = lambda module, how: given.append((module, type(how).__name__))
+        setattr(fake, name, lambda name=name, **options: (name, options))
+    fake.quantize_ = lambda module, how: given.append((module, how))
     monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
     monkeypatch.setitem(sys.modules, "torchao.quantization", fake)
     monkeypatch.setattr(offloading, "find_spec", lambda _name: fake)
     network = build_tiny_pipeline().transformer
     store_blocks(network, precision, CPU)
-    assert given == [(block, config) for block in network.blocks]
+    asked = (config, {"set_inductor_config": False})  # the process is not torchao's
+    assert given == [(block, asked) for block in network.blocks]
 
 
 def test_nf4_takes_the_place_of_every_linear_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,6 +478,10 @@ def test_nf4_takes_the_place_of_every_linear_layer(monkeypatch: pytest.MonkeyPat
     ("make", "is_it"),
     [
         (lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), True),
+        (lambda: RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be"), True),
+        (lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cu"), True),
+        (lambda: RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (lambda: RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (lambda: RuntimeError("MPS backend out of memory (MPS allocated: 9 GB)"), True),
         (lambda: RuntimeError("[...] DefaultCPUAllocator: can't allocate memory: you tried"), True),
         (lambda: RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),

@@ -108,7 +108,7 @@ def test_a_weight_in_two_places_is_moved_once() -> None:
 
 def test_pinning_lets_go_of_each_weight_before_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     """A network of 32 GiB must not need twice as much."""
-    monkeypatch.setattr(main_memory, "_PIECE", 1)
+    monkeypatch.setattr(main_memory, "PINNED_PIECE", 1)
     layers = nn.Sequential(*[nn.Linear(16, 16, bias=False) for _ in range(4)])
     weights = list(layers.requires_grad_(False).parameters())
     values = [weight.clone() for weight in weights]
@@ -147,4 +147,67 @@ def test_packed_weights_that_lie_in_one_piece_wait_in_a_file(tmp_path: Path) -> 
         for each, value in zip(layer, expected, strict=True):
             assert type(each.weight) is GGUFParameter
             assert torch.equal(each(given), value)
+        waiting.recall()
+
+
+def test_only_what_is_pinned_is_copied_while_the_program_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file the mapping was given up during the copy: a card may read it by itself."""
+    layer = nn.Linear(3, 2)
+    pinned = {layer.weight.data_ptr()}
+    monkeypatch.setattr(Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in pinned)
+    to = Tensor.to
+    asked: dict[tuple[int, ...], bool] = {}
+
+    def note(tensor: Tensor, *args: Any, **options: Any) -> Tensor:
+        if "copy" in options:
+            asked[tuple(tensor.shape)] = options["non_blocking"]
+        return to(tensor, *args, **options)
+
+    monkeypatch.setattr(Tensor, "to", note)
+    waiting = WaitingWeights(layer)
+    waiting.bring(CPU)
+    assert asked == {(2, 3): True, (2,): False}
+    waiting.recall()
+    waiting.move_to_file(tmp_path / "a.safetensors")
+    waiting.bring(CPU)
+    assert asked == {(2, 3): False, (2,): False}
+
+
+def tied_layers() -> nn.Sequential:
+    """Two weights of the same data, one of a part of it, and one of the same read otherwise."""
+    layers = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4))).requires_grad_(False)
+    data = layers[0].weight.data
+    layers[1].weight = nn.Parameter(data.view(4, 4), requires_grad=False)
+    layers[2].weight = nn.Parameter(data[1:3], requires_grad=False)
+    layers[3].weight = nn.Parameter(data.T, requires_grad=False)
+    return layers
+
+
+def addresses(network: nn.Module) -> list[int]:
+    return [weight.data_ptr() for weight in network.parameters()]
+
+
+@pytest.mark.parametrize("home", ["memory", "pinned", "file"])
+def test_weights_that_share_memory_are_kept_and_lent_once(tmp_path: Path, home: str) -> None:
+    """safetensors refused them: offloading to disk ended in a RuntimeError."""
+    layers = tied_layers()
+    values = [weight.clone() for weight in layers.parameters()]
+    waiting = WaitingWeights(layers)
+    assert waiting.num_bytes == 4 * (16 + 8 + 16)
+    if home == "pinned":
+        waiting.pin(PinnedMemory(lambda size: torch.empty(size, dtype=torch.uint8)))
+        assert addresses(layers)[0] == addresses(layers)[1]
+    if home == "file":
+        waiting.move_to_file(tmp_path / "a.safetensors")
+        assert (tmp_path / "a.safetensors").stat().st_size < 4 * 40 + 400
+        assert all(each.untyped_storage().nbytes() == 4 for each in layers.parameters())
+    for _ in range(2):
+        waiting.bring(CPU)
+        weights = list(layers.parameters())
+        assert all(torch.equal(*pair) for pair in zip(weights, values, strict=True))
+        places = addresses(layers)
+        assert places[0] == places[1]
+        assert len(set(places)) == 3
         waiting.recall()
