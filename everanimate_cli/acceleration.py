@@ -10,11 +10,12 @@ import importlib
 import importlib.util
 import os
 import sysconfig
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers.models.attention_dispatch import attention_backend
+from diffusers.models.attention_dispatch import attention_backend, dispatch_attention_fn
 from torch import nn
 from torch.utils._triton import has_triton
 
@@ -32,12 +33,15 @@ if TYPE_CHECKING:
 
 _HALF_DTYPES = (torch.bfloat16, torch.float16)
 _HOPPER = (9, 0)
+# The first cards on which torch has attention in bfloat16 that does without keeping all scores.
+_BF16_CAPABILITY = (8, 0)
+_TRIAL_SHAPE = (1, 256, 2, 128)  # [B, N, heads, d], d as in the released network
 # The first cards that multiply fp8 (Ada), and the only dtype whose rows torchao scales one by one.
 _FP8_CAPABILITY = (8, 9)
 _FP8_DTYPE = torch.bfloat16
 # Of the memory of a card, what may be in use before the allocator runs into its limit.
 _USABLE_SHARE = 0.92
-_MIB = 2**20
+_MIB, _GIB = 2**20, 2**30
 
 
 # --- attention -----------------------------------------------------------------------------------
@@ -66,7 +70,7 @@ def choose_attention(attention: Attention, device: torch.device, dtype: torch.dt
             and dtype in _HALF_DTYPES
             and _capability(device) == _HOPPER
             and importlib.util.find_spec(KERNELS["flash3"].package) is not None
-            and _why_unusable("flash3") is None
+            and _why_unusable("flash3", device, dtype) is None
         )
         return "flash3" if wants_flash3 else "sdpa"
     kernel = KERNELS[attention]
@@ -88,7 +92,7 @@ def choose_attention(attention: Attention, device: torch.device, dtype: torch.dt
             f"--attention {attention} computes in bfloat16 and float16 only, and --dtype is "
             f"{str(dtype).removeprefix('torch.')}. Give --dtype bfloat16, or sdpa."
         )
-    why_not = _why_unusable(attention)
+    why_not = _why_unusable(attention, device, dtype)
     if why_not is not None:
         raise SettingsError(
             f"--attention {attention} cannot be used: {why_not}. Give sdpa or auto."
@@ -96,14 +100,81 @@ def choose_attention(attention: Attention, device: torch.device, dtype: torch.dt
     return attention
 
 
-def _why_unusable(attention: Attention) -> str | None:
-    """What diffusers has against these kernels: an installed package may be too old, or broken."""
+def _why_unusable(attention: Attention, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is wrong with these kernels here: not installed, too old, broken, or for other cards."""
     try:
         with quiet_libraries(), attention_backend(KERNELS[attention].backend):
-            return None
+            pass
     except (RuntimeError, ValueError, ImportError, OSError) as error:
-        lines = str(error).splitlines() or [type(error).__name__]
-        return lines[0].rstrip(".")
+        return _first_line(error)
+    # Torch's own choice always finds a way.
+    return None if attention == "sdpa" or device.type != "cuda" else _try(attention, device, dtype)
+
+
+def _try(attention: Attention, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What goes wrong when these kernels compute something small; None if nothing does.
+
+    A package may be built for other cards, or have changed what its functions take, which shows
+    when they are called.
+    """
+    backend: Any = KERNELS[attention].backend
+    try:
+        with quiet_libraries(), warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            tokens = torch.ones(_TRIAL_SHAPE, device=device, dtype=dtype)
+            result = dispatch_attention_fn(tokens, tokens, tokens, backend=backend)
+            # The mean of equal tokens is that token.
+            is_right = bool((result - 1).abs().max() < 0.1)  # noqa: PLR2004
+    except Exception as error:  # packages of others and compilers raise all kinds
+        return _first_line(error)
+    return None if is_right else "it computes wrong numbers here"
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".")
+
+
+def check_scores(
+    attention: Attention,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_heads: int,
+    num_tokens: int,
+) -> None:
+    """Refuse attention that would keep more scores than a card has memory.
+
+    Torch's plain way keeps all of them, and so does its own choice in bfloat16 on cards before
+    compute capability 8.0, where nothing else computes in bfloat16.
+
+    Args:
+        attention: From `choose_attention`.
+        device: Where the network runs.
+        dtype: What it computes in.
+        num_heads: Of the network, as many as one card has.
+        num_tokens: Of a chunk.
+
+    Raises:
+        SettingsError: Telling what to give instead.
+    """
+    if device.type != "cuda":
+        return
+    is_old = dtype == torch.bfloat16 and _capability(device) < _BF16_CAPABILITY
+    if attention != "sdpa-math" and not (is_old and attention == "sdpa"):
+        return
+    needed = torch.float32.itemsize * num_heads * num_tokens**2  # which torch widens them to
+    _, memory = torch.cuda.mem_get_info(device)
+    if needed <= memory:
+        return
+    name = torch.cuda.get_device_name(device)
+    text = f"keeps {needed / _GIB:.0f} GiB of scores, and {name} has {memory / _GIB:.0f}"
+    if is_old:
+        raise SettingsError(
+            f"--dtype bfloat16 {text}: below compute capability 8.0 torch has no other attention "
+            f"for it, and this card has {_written(_capability(device))}. Give --dtype float16."
+        )
+    raise SettingsError(f"--attention {attention} {text}. Give sdpa or auto.")
 
 
 def use_attention(transformer: EverAnimateTransformer3DModel, attention: Attention) -> None:
@@ -236,7 +307,12 @@ def enable_fp8_matmul(transformer: EverAnimateTransformer3DModel, device: torch.
 def multiply_in_fp8(block: nn.Module) -> None:
     """As `enable_fp8_matmul`, one block, which is on the card."""
     torchao = importlib.import_module("torchao.quantization")  # not everybody has it
-    config = torchao.Float8DynamicActivationFloat8WeightConfig(granularity=torchao.PerRow())
+    config = torchao.Float8DynamicActivationFloat8WeightConfig(
+        granularity=torchao.PerRow(),
+        # It would change the whole process: every kernel tuned for minutes, and in older releases
+        # products in float32 rounded to TF32, the VAE's too.
+        set_inductor_config=False,
+    )
     torchao.quantize_(block, config, filter_fn=_is_linear)
 
 

@@ -568,8 +568,10 @@ def _check_device(facts: Facts, card: Card | None, *, is_small: bool) -> list[Pr
         problems.append(
             Problem(
                 severity="warning",
-                text=f"the {card.name} has compute capability {shown} and no fast bfloat16",
-                remedy="Expect several times the estimated time, or use a card from 8.0 on.",
+                text=f"the {card.name} has compute capability {shown}, for which torch has no "
+                "attention in bfloat16 that fits a card",
+                remedy="Give --dtype float16 and expect several times the estimated time, or use a "
+                "card from 8.0 on.",
             )
         )
     if "CUDA" not in facts.providers:

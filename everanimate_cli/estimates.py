@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from everanimate_cli.checkpoint import (
-    KINDS,
-    check_network,
-    dtype_in_memory,
-    full_config,
-    packed_weights,
-)
+from everanimate_cli.checkpoint import check_network, full_config
 from everanimate_cli.errors import WeightsError
 from everanimate_cli.lora import LORA_TARGET_PATTERN
 from everanimate_cli.model_folder import ModelSource
@@ -72,7 +65,7 @@ class Geometry:
         inner channel in all, most of them while queries and keys are rotated; or with few tokens 6,
         and what a piece takes in the feed-forward layers or while these are added.
         """
-        num_tokens = self._count_tokens(height, width, frames_per_chunk, num_identity_slots)
+        num_tokens = self.count_tokens(height, width, frames_per_chunk, num_identity_slots)
         inner = self.inner_dim
         numbers = num_tokens * (3.3 * (inner + self.ffn_dim) + 3 * inner)
         if piecewise:
@@ -90,7 +83,7 @@ class Geometry:
         dtype: torch.dtype,
     ) -> float:
         """Memory in MiB of a chunk's tokens, of which the step cache keeps some."""
-        num_tokens = self._count_tokens(height, width, frames_per_chunk, num_identity_slots)
+        num_tokens = self.count_tokens(height, width, frames_per_chunk, num_identity_slots)
         return num_tokens * self.inner_dim * dtype.itemsize / _MIB
 
     def training_step_mib(
@@ -121,7 +114,7 @@ class Geometry:
             autocast: Whether it computes in bfloat16 all through.
             checkpointing: What a block keeps for its backward pass.
         """
-        num_tokens = self._count_tokens(height, width, frames_per_chunk, num_identity_slots)
+        num_tokens = self.count_tokens(height, width, frames_per_chunk, num_identity_slots)
         unit = num_tokens * (self.inner_dim + self.ffn_dim) / _MIB
         kept, computed = (18, 26) if autocast else (25, 31)
         left = 1.2 * num_tokens * self.inner_dim * dtype.itemsize / _MIB
@@ -132,9 +125,10 @@ class Geometry:
         }
         return needed[checkpointing]
 
-    def _count_tokens(
+    def count_tokens(
         self, height: int, width: int, frames_per_chunk: int, num_identity_slots: int
     ) -> int:
+        """Tokens of a chunk in the transformer."""
         num_slots = num_identity_slots + (frames_per_chunk - 1) // TEMPORAL_STRIDE + 1
         return num_slots * (height // self.size_multiple) * (width // self.size_multiple)
 
@@ -195,37 +189,13 @@ class Geometry:
         What costs less than 1 % is left out. Text and image tokens are counted as in the released
         model, 512 and 257.
         """
-        num_tokens = self._count_tokens(height, width, frames_per_chunk, num_identity_slots)
+        num_tokens = self.count_tokens(height, width, frames_per_chunk, num_identity_slots)
         inner = self.inner_dim
         linear = 2 * num_tokens * inner * (6 * inner + 2 * self.ffn_dim)
         context = 2 * (2 * 512 + 2 * 257) * inner * inner
         attention = 4 * num_tokens * inner * (num_tokens + 512 + 257)
         adapters = self.num_layers // 5 * 2 * num_tokens * inner * 2 * inner
         return float(self.num_layers * (linear + context + attention) + adapters)
-
-
-def weights_mib(source: ModelSource, dtype: torch.dtype) -> dict[str, float]:
-    """Memory in MiB of the weights by network once they are loaded, from the headers alone.
-
-    Args:
-        source: From `hub.locate_model`.
-        dtype: As in `load_pipeline`.
-
-    Raises:
-        WeightsError: As `check_checkpoint`.
-    """
-    packed = packed_weights(source)
-
-    def num_bytes(name: str, key: str, shape: tuple[int, ...]) -> int:
-        if name == "transformer" and key in packed:
-            return packed[key]
-        return math.prod(shape) * dtype_in_memory(name, key, dtype).itemsize
-
-    return {
-        name: sum(num_bytes(name, key, shape) for key, shape in check_network(source, name).items())
-        / _MIB
-        for name in KINDS
-    }
 
 
 def lora_mib(source: ModelSource, rank: int) -> float:

@@ -6,8 +6,8 @@ Wan2.2-Animate publish it, all in one folder, the text and image encoder and the
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -99,6 +99,7 @@ class ModelSource:
         name: As given with `--model`.
         revision: Commit on the Hub; None for a folder and the embedded model.
         transformer: File that stands in for the folder's transformer; None for the folder's own.
+        known_configs: Configs by network, of a checkpoint that is known without its folder.
     """
 
     folder: Path
@@ -106,6 +107,7 @@ class ModelSource:
     name: str
     revision: str | None = None
     transformer: Path | None = None
+    known_configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict, hash=False)
 
     @property
     def label(self) -> str:
@@ -137,7 +139,7 @@ class ModelSource:
 
     def has_config(self, name: str) -> bool:
         """Whether a `config.json` describes a network; otherwise its weights do."""
-        return name in PARTS and self.layout == "diffusers"
+        return name in self.known_configs or (name in PARTS and self.layout == "diffusers")
 
     def config_file(self, name: str) -> Path:
         """Where the `config.json` of a network lies in diffusers layout."""
@@ -149,6 +151,8 @@ class ModelSource:
         Raises:
             WeightsError: If there is none, or it describes another network.
         """
+        if name in self.known_configs:
+            return dict(self.known_configs[name])
         if not (self.folder / name).is_dir():
             raise WeightsError(f"{self.label} has no folder {name}. {_COMPLETE['diffusers']}")
         path = self.config_file(name)

@@ -281,7 +281,18 @@ def prepare(
     anchors = draw_anchors(resolved, chunks)
     segment_writer(Path(), *size, resolved)  # refuses what no encoder takes
     run = RunFolder(run_folder(resolved.output))
-    memory = _plan_memory(resolved, target, dtype, located.sizes_with_loras(), size, run)
+    if not is_for_absent_card:
+        geometry = sizes.geometry
+        acceleration.check_scores(
+            attention,
+            device,
+            dtype,
+            num_heads=geometry.num_heads // (1 if processes is None else processes.count),
+            num_tokens=geometry.count_tokens(
+                *size, chunks.frames_per_chunk, resolved.identity_slots
+            ),
+        )
+    memory = _plan_memory(resolved, target, dtype, located.sizes_with_loras(), size, run, processes)
     if is_for_absent_card:
         on_event(Note(text=f"no CUDA card is here: planned for one of {resolved.vram} GB"))
     sharing = None
@@ -356,8 +367,7 @@ def _locate(settings: AnimateSettings, on_event: OnEvent) -> Located:
         )
         defaults = source.defaults
     except hub.AbsentError as error:
-        # Of any other model nothing is known, nor what a file for the transformer leaves of it.
-        if error.asset.hub_id.repository != HUB_MODEL or settings.transformer is not None:
+        if error.asset.hub_id.repository != HUB_MODEL:  # of any other model nothing is known
             raise
         missing.append(error.asset)
     resolved = resolve(settings, defaults)
@@ -374,10 +384,21 @@ def _locate(settings: AnimateSettings, on_event: OnEvent) -> Located:
     files = [path for _, path in loras if path is not None]
     if source is None:
         sizes = placement.released_sizes()
-        for path in files:
-            plan_lora(path, sizes.shapes["transformer"])
         # Its weights come in 32 bits.
         lora_mode = "fused" if resolved.lora_mode == "auto" else resolved.lora_mode
+        if settings.transformer is not None:
+            released = ModelSource(
+                folder=Path(),
+                defaults=defaults,
+                name=settings.model,
+                transformer=settings.transformer,
+                known_configs=placement.RELEASED_CONFIGS,
+            )
+            checkpoint.check_network(released, "transformer")
+            sizes = replace(sizes, packed=checkpoint.packed_weights(released))
+            lora_mode = choose_lora_mode(resolved.lora_mode, released)
+        for path in files:
+            plan_lora(path, sizes.shapes["transformer"])
     else:
         checkpoint.check_checkpoint(source, files)
         sizes = placement.read_sizes(source)
@@ -417,7 +438,11 @@ def _describe_downloads(located: Located, media: Media, on_event: OnEvent) -> di
         )
     return {
         "downloads": [lack.to_json() for lack in lacks],
-        "download_command": hub.pull_command([lack.name for lack in lacks]),
+        "download_command": hub.pull_command(
+            [lack.name for lack in lacks],
+            # Of a model that is here nothing is downloaded.
+            without_transformer=settings.transformer is not None and located.source is None,
+        ),
     }
 
 
@@ -496,6 +521,7 @@ def _plan_memory(
     sizes: placement.Sizes,
     size: tuple[int, int],
     run: RunFolder,
+    processes: Processes | None,
 ) -> placement.Plan:
     """Where the networks go on this machine; a begun run keeps what shows in its pixels."""
     num_step_caches = 0
@@ -512,7 +538,14 @@ def _plan_memory(
     if device is placement.ABSENT_CARD:
         return placement.plan_for_absent_card(settings.placement_options, sizes, job)
     begun = run.read_begun() if settings.resume else None
-    return placement.plan_for_machine(settings.placement_options, device, sizes, job, begun=begun)
+    return placement.plan_for_machine(
+        settings.placement_options,
+        device,
+        sizes,
+        job,
+        begun=begun,
+        num_sharing=1 if processes is None else processes.launch.local_count,
+    )
 
 
 def _describe_speed(

@@ -5,19 +5,24 @@ import math
 from pathlib import Path
 from typing import Any
 
+import gguf
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from hub_server import COMMIT, Hub, use_hub
 from media import numbered_frames, write_media
+from original import name_transformer
 from safetensors.torch import save_file
 from studio import DANCE_FPS, Animate, made_files
 from tiny import INNER_DIM, TRANSFORMER_CONFIG
 
+from everanimate_cli import acceleration
 from everanimate_cli import hub as hub_module
-from everanimate_cli.placement import Job, estimate, released_sizes
+from everanimate_cli.placement import RELEASED_CONFIGS, Job, estimate, released_sizes
 from everanimate_cli.placement_settings import PRESETS, Placement
 from everanimate_cli.settings import HUB_MODEL, HUB_PRESET
+from everanimate_cli.transformer import EverAnimateTransformer3DModel
 
 (RELEASED_LORA,) = (spec.source for spec in HUB_PRESET.lora)
 (FAST_LORA,) = (spec.source for spec in HUB_PRESET.fast_lora)
@@ -51,11 +56,11 @@ def plan_of(animate: Animate, *words: str, **inputs: Any) -> dict[str, Any]:
     return plan
 
 
-def released_estimate(num_frames: int = 77) -> dict[str, Any]:
+def released_estimate() -> dict[str, Any]:
     job = Job(
         height=480,
         width=832,
-        frames_per_chunk=num_frames,
+        frames_per_chunk=77,
         num_identity_slots=4,
         dtype=torch.float32,
     )
@@ -79,6 +84,99 @@ def test_the_released_base_is_not_here(animate: Animate, place: Path, no_network
     assert plan["loras"] == [{"source": RELEASED_LORA, "scale": 1.0, "mode": "fused", "rank": 32}]
     assert made_files(place) == []
     assert not no_network.exists()
+
+
+def write_header_only(path: Path, network: EverAnimateTransformer3DModel, dtype: str) -> None:
+    """A safetensors file in the authors' names that takes no block of the disk."""
+    header: dict[str, Any] = {}
+    end = 0
+    for key, value in name_transformer(network).items():
+        start, end = end, end + value.numel() * (1 if dtype.startswith("F8") else 2)
+        entry = {"dtype": dtype, "shape": list(value.shape), "data_offsets": [start, end]}
+        header[key] = entry
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+
+
+def write_gguf_header_only(path: Path, network: EverAnimateTransformer3DModel) -> None:
+    """Likewise, with the matrices of the blocks in 8 bits."""
+    writer = gguf.GGUFWriter(path, "wan")
+    kinds = gguf.GGMLQuantizationType
+    for key, value in network.state_dict().items():
+        is_packed = value.ndim == 2 and value.shape[1] % 32 == 0 and key.startswith("blocks.")
+        kind = kinds.Q8_0 if is_packed else kinds.F32
+        num_bytes = value.numel() * 34 // 32 if is_packed else value.numel() * 4
+        shape = value.shape
+        if is_packed:  # the writer wants to know the bytes of a row
+            shape = torch.Size([shape[0], shape[1] * 34 // 32])
+        kept = np.dtype(np.uint8 if is_packed else np.float32)
+        writer.add_tensor_info(key, shape, kept, num_bytes, raw_dtype=kind)
+    for write in ("header", "kv_data", "ti_data"):
+        getattr(writer, f"write_{write}_to_file")()
+    writer.close()
+    with path.open("r+b") as file:
+        file.truncate(30 * GIB)
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_file_in_place_of_a_transformer_whose_base_is_not_here(animate: Animate) -> None:
+    """It was refused, although its header and what is known of the base make a plan."""
+    with torch.device("meta"):
+        network = EverAnimateTransformer3DModel.from_config(RELEASED_CONFIGS["transformer"])
+    write_header_only(Path("mine.safetensors"), network, "BF16")
+    write_header_only(Path("eight.safetensors"), network, "F8_E4M3")
+    write_gguf_header_only(Path("mine.gguf"), network)
+    words = (*DEFAULT, "--dtype", "bfloat16", "--transformer")
+    plans = {name: plan_of(animate, *words, name) for name in ("mine.safetensors", "mine.gguf")}
+    plan, packed = plans.values()
+    assert plan["transformer"] == "mine.safetensors"
+    assert plan["weights_mib"]["transformer"] == pytest.approx(33005, abs=1)
+    matrices = [each for each in network.blocks.parameters() if each.ndim == 2]
+    saved = sum(each.numel() for each in matrices) * (2 - 34 / 32)
+    lora = hub_module.known_lora(RELEASED_LORA)
+    assert lora is not None
+    less = plan["weights_mib"]["transformer"] - packed["weights_mib"]["transformer"]
+    assert less * 2**20 == pytest.approx(saved - lora.num_bytes, rel=1e-4)
+    for each in plans.values():
+        assert each["downloads"] == [
+            {"name": HUB_MODEL, "size_mb": 13140.0, "size_is": "estimated"},
+            {"name": RELEASED_LORA, "size_mb": 306.7, "size_is": "estimated"},
+        ]
+        assert each["download_command"] == "everanimate models pull --no-transformer"
+    modes = [each["loras"][0]["mode"] for each in plans.values()]
+    assert modes == ["fused", "separate"]
+    assert plan_of(animate, *words, "eight.safetensors")["loras"][0]["mode"] == "separate"
+
+
+@pytest.mark.usefixtures("no_network")
+def test_a_file_that_does_not_fit_the_base_that_is_not_here(
+    animate: Animate, tiny_model: Path
+) -> None:
+    file = tiny_model / "transformer" / "diffusion_pytorch_model.safetensors"
+    refused = animate(*DEFAULT, "--transformer", str(file))
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.startswith(
+        f"error: --transformer {file}: the weights in transformer are not those of its config.json:"
+    )
+    assert len(refused.err.splitlines()) == 1
+    # Of another model nothing is known.
+    refused = animate("--model", "owner/model", "--dry-run", "--transformer", str(file))
+    assert (refused.code, refused.out) == (2, "")
+    assert refused.err.startswith("error: --model owner/model is not in the cache")
+
+
+@pytest.mark.usefixtures("no_network")
+def test_attention_is_told_the_size_of_a_chunk(
+    animate: Animate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For kernels that keep all scores, of which this machine has none."""
+    told: list[Any] = []
+    monkeypatch.setattr(acceleration, "check_scores", lambda *_, **sizes: told.append(sizes))
+    plan_of(animate, *DEFAULT)
+    plan_of(animate, "--model", HUB_MODEL, "--dry-run", "--vram", "24")  # nothing is known of it
+    assert told == [{"num_heads": 40, "num_tokens": 24 * 30 * 52}]
 
 
 @pytest.mark.usefixtures("no_network")

@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from graphs import CountingBackend
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -20,6 +20,7 @@ from everanimate_cli import acceleration, speed_settings
 from everanimate_cli.acceleration import (
     check_compile,
     check_fp8_matmul,
+    check_scores,
     choose_attention,
     compile_blocks,
     enable_fp8_matmul,
@@ -31,14 +32,12 @@ from everanimate_cli.acceleration import (
 from everanimate_cli.errors import SettingsError
 from everanimate_cli.estimates import geometry_of
 from everanimate_cli.generation import _can_decode_beside
-from everanimate_cli.memory import chunk_noise
 from everanimate_cli.offloading import Rota, stream_blocks
-from everanimate_cli.rollout import Chunk, Rollout
+from everanimate_cli.rollout import Chunk
 from everanimate_cli.speed_settings import KERNELS, Attention
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-K_ID, T = 2, 3
 NUM_BLOCKS, NUM_ADAPTERS = 4, 2
 
 
@@ -54,21 +53,9 @@ def build_transformer(
 
 @torch.no_grad()
 def velocity(transformer: EverAnimateTransformer3DModel) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(transformer.dtype)
-
-    text = draw(1, 512, tiny.TEXT_DIM)
-    text[:, 9:] = 0
-    return transformer(
-        draw(1, tiny.TRANSFORMER_CONFIG["in_channels"], K_ID + T, 6, 4),
-        torch.tensor([700.0], dtype=torch.float64),
-        text,
-        draw(1, 17, tiny.CLIP_DIM),
-        draw(1, tiny.INNER_DIM, T, 3, 2),
-        draw(1, T, 5, tiny.INNER_DIM),
-    ).float()
+    inputs = tiny.draw_inputs(cells=(6, 4), dtype=transformer.dtype)
+    inputs["encoder_hidden_states"][:, 9:] = 0
+    return transformer(**inputs).float()
 
 
 @pytest.fixture
@@ -194,6 +181,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int, int], None]
     def pretend(major: int, minor: int) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _=None: (major, minor))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _=None: "Some Card")
+        monkeypatch.setattr(acceleration, "_try", lambda *_: None)  # which computes there
 
     return pretend
 
@@ -208,7 +196,7 @@ def test_auto_takes_flash3_on_hopper_only(
     assert choose() == "sdpa"
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn_interface")
     assert choose() == "sdpa"  # there, but diffusers cannot load it
-    monkeypatch.setattr(acceleration, "_why_unusable", lambda _attention: None)
+    monkeypatch.setattr(acceleration, "_why_unusable", lambda *_: None)
     assert choose() == "flash3"
     assert choose(torch.float32) == "sdpa"
     card(8, 9)
@@ -240,48 +228,89 @@ def test_what_diffusers_refuses_is_refused_in_one_line(
     assert "\n" not in text
 
 
-# --- compilation ---------------------------------------------------------------------------------
+def test_kernels_are_tried_on_the_card_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, card: Callable[[int, int], None]
+) -> None:
+    """One built for other cards was refused by a trace, after the networks had been loaded."""
+    tried: list[tuple[Any, ...]] = []
 
+    def fail(*given: Any) -> str:
+        tried.append(given)
+        return "CUDA error: no kernel image is available"
 
-class CountingBackend:
-    """Runs what it is given as it is, and counts how often it is given something."""
-
-    def __init__(self) -> None:
-        self.num_graphs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Callable[..., Any]:
-        self.num_graphs += 1
-        return graph.forward
-
-
-def build_rollout(guidance_scale: float) -> Rollout:
-    pipeline = tiny.build_tiny_pipeline()
-    frames = np.random.default_rng(0).integers(0, 256, (30, 16, 32, 3), dtype=np.uint8)
-    return Rollout(
-        pipeline=pipeline,
-        reference_u8=frames[0],
-        picture_u8=frames[0],
-        views_u8=[],
-        read_driving=lambda k: (frames[k : k + 5], frames[k : k + 5, :, :16]),
-        noise=lambda k: chunk_noise(3, k, (1, tiny.LATENT_CHANNELS, 3, 2, 4)),
-        anchor_frame_indices=[],
-        prompt_embeds=pipeline.encode_prompt("dance"),
-        negative_prompt_embeds=pipeline.encode_prompt("a longer text"),
-        num_chunks=3,
-        frames_per_chunk=5,
-        overlap=4,
-        num_identity_slots=1,
-        num_inference_steps=2,
-        shift=5.0,
-        guidance_scale=guidance_scale,
+    card(9, 0)
+    monkeypatch.setattr(acceleration, "_try", fail)
+    with pytest.raises(SettingsError) as error:
+        choose_attention("sdpa-flash", CUDA, torch.bfloat16)
+    assert str(error.value) == (
+        "--attention sdpa-flash cannot be used: CUDA error: no kernel image is available. "
+        "Give sdpa or auto."
     )
+    assert tried == [("sdpa-flash", CUDA, torch.bfloat16)]
+    assert choose_attention("sdpa", CUDA, torch.bfloat16) == "sdpa"
+    # By itself it passes them over.
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flash_attn_interface")
+    backends = dict.fromkeys(["flash3"], replace(KERNELS["flash3"], backend="native"))
+    monkeypatch.setattr(acceleration, "KERNELS", {**KERNELS, **backends})
+    assert choose_attention("auto", CUDA, torch.bfloat16) == "sdpa"
+    assert tried[1:] == [("flash3", CUDA, torch.bfloat16)]
+    monkeypatch.setattr(acceleration, "_try", lambda *_: None)
+    assert choose_attention("auto", CUDA, torch.bfloat16) == "flash3"
+
+
+def test_what_a_trial_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU, with kernels that are broken in one way or another."""
+
+    def trial(kernel: Callable[..., Tensor] | None = None) -> str | None:
+        if kernel is not None:
+            monkeypatch.setitem(
+                _AttentionBackendRegistry._backends, AttentionBackendName._NATIVE_MATH, kernel
+            )
+        return acceleration._try("sdpa-math", CPU, torch.bfloat16)
+
+    def raises(**_: Any) -> Tensor:
+        raise TypeError("flash_attn_func() got an unexpected keyword 'qv'\n  more")
+
+    assert trial() is None
+    assert trial(raises) == "flash_attn_func() got an unexpected keyword 'qv'"
+    assert trial(lambda value, **_: value * torch.nan) == "it computes wrong numbers here"
+
+
+def test_scores_that_no_card_can_keep_are_refused(
+    monkeypatch: pytest.MonkeyPatch, card: Callable[[int, int], None]
+) -> None:
+    """Old cards ran out of memory with every preset, and were told to try the next lower one."""
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (15 << 30, 16 << 30))
+
+    def refusal(attention: Attention, dtype: torch.dtype, num_tokens: int = 24 * 1560) -> str:
+        with pytest.raises(SettingsError) as error:
+            check_scores(attention, CUDA, dtype, num_heads=40, num_tokens=num_tokens)
+        return str(error.value)
+
+    card(7, 5)
+    assert refusal("sdpa", torch.bfloat16) == (
+        "--dtype bfloat16 keeps 209 GiB of scores, and Some Card has 16: below compute capability "
+        "8.0 torch has no other attention for it, and this card has 7.5. Give --dtype float16."
+    )
+    check_scores("sdpa", CUDA, torch.float16, num_heads=40, num_tokens=24 * 1560)
+    check_scores("sdpa", CUDA, torch.bfloat16, num_heads=40, num_tokens=10_000)
+    card(8, 0)
+    check_scores("sdpa", CUDA, torch.bfloat16, num_heads=40, num_tokens=24 * 1560)
+    assert refusal("sdpa-math", torch.bfloat16) == (
+        "--attention sdpa-math keeps 209 GiB of scores, and Some Card has 16. Give sdpa or auto."
+    )
+    check_scores("sdpa-math", CPU, torch.float32, num_heads=40, num_tokens=24 * 1560)
+
+
+# --- compilation ---------------------------------------------------------------------------------
 
 
 def test_each_kind_of_module_is_compiled_once_for_all_chunks() -> None:
     guidance_scale = 2.0
-    expected = [made for made in build_rollout(guidance_scale).run() if isinstance(made, Chunk)]
+    plain = tiny.build_tiny_rollout(guidance_scale=guidance_scale)
+    expected = [made for made in plain.run() if isinstance(made, Chunk)]
     torch._dynamo.reset()
-    rollout, backend = build_rollout(guidance_scale), CountingBackend()
+    rollout, backend = tiny.build_tiny_rollout(guidance_scale=guidance_scale), CountingBackend()
     compile_blocks(rollout.pipeline.transformer, backend)
     num_graphs = []
     for made, wanted in zip(
@@ -373,8 +402,9 @@ def test_fp8_is_for_all_linear_layers_of_the_blocks_and_nothing_else(
         pass
 
     class Config:
-        def __init__(self, granularity: PerRow) -> None:
+        def __init__(self, granularity: PerRow, set_inductor_config: bool) -> None:
             assert isinstance(granularity, PerRow)
+            assert not set_inductor_config  # for the whole process
 
     def quantize_(model: torch.nn.Module, config: Config, filter_fn: Any) -> None:
         assert isinstance(config, Config)
@@ -392,6 +422,30 @@ def test_fp8_is_for_all_linear_layers_of_the_blocks_and_nothing_else(
     # 4 of self attention, 6 of cross attention with its picture, 2 of the feed-forward part.
     assert len(quantised) == len(inside) == 12 * NUM_BLOCKS
     assert all(first is second for first, second in zip(quantised, inside, strict=True))
+
+
+def test_products_in_fp8_by_the_package_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts, scales and dtypes, on the CPU, which has the product that cards have."""
+    package = pytest.importorskip("torchao.quantization.quant_api")
+    from torch._inductor import config  # noqa: PLC0415  # slow
+
+    monkeypatch.setattr(package, "_check_hardware_support", lambda _granularity: None)
+    monkeypatch.setattr(acceleration, "check_fp8_matmul", lambda _device, _dtype: None)
+    monkeypatch.setattr(config, "coordinate_descent_tuning", False)
+    precision = torch.get_float32_matmul_precision()
+    transformer = build_transformer(torch.bfloat16)
+    expected = velocity(transformer)
+    enable_fp8_matmul(transformer, CPU)
+    weight: Any = transformer.blocks[0].attn1.to_q.weight
+    assert weight.qdata.dtype == torch.float8_e4m3fn
+    assert weight.scale.shape == (tiny.INNER_DIM, 1)
+    found = velocity(transformer)
+    assert 1e-4 < (found - expected).norm() / expected.norm() < 0.05
+    stream_blocks(transformer, CPU)
+    assert torch.equal(velocity(transformer), found)
+    # It would set both for the whole process.
+    assert not config.coordinate_descent_tuning
+    assert torch.get_float32_matmul_precision() == precision
 
 
 @torch.no_grad()
@@ -427,7 +481,7 @@ def test_room_beside_counts_what_both_take_from_now_on(monkeypatch: pytest.Monke
 
 
 def test_decoding_beside_sampling_needs_room_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
-    rollout = build_rollout(1.0)
+    rollout = tiny.build_tiny_rollout()
     asked: list[float] = []
 
     def answer(_device: torch.device, needed_mib: float) -> bool:

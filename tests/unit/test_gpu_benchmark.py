@@ -672,7 +672,8 @@ def test_steps_on_the_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert step["floor_s"] * step["over_floor"] == pytest.approx(step["seconds"])
     cache = results["cache", "step on average, as many skipped as may be"]
     assert (cache["steps"], cache["skipped_steps"]) == (4, 2)
-    assert cache["skipped_step_s"] < cache["computed_step_s"]
+    first, *skipped, last = cache["all_s"]
+    assert min(skipped) < min(first, last)  # the others may have met other programs
     chunk = results["chunk", "second chunk"]
     assert 0 < chunk["beside_steps_s"] < chunk["seconds"]
     presets = [case for part, case in results if part == "presets"]
