@@ -5,12 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import platform
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from everanimate_cli.images import atomic_path
+from everanimate_cli.atomic_files import atomic_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -20,23 +19,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 1
 _LIBRARIES = ("everanimate", "torch", "diffusers", "numpy", "av")
-
-
-@dataclass(frozen=True, kw_only=True)
-class AnalysisResult:
-    """What an analysis made, or with `dry_run` what it would make.
-
-    Attributes:
-        output: The folder.
-        facts: JSON values: the plan, and the main figures.
-    """
-
-    output: Path
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as one flat JSON object."""
-        return {"output": str(self.output), **self.facts}
 
 
 def write_record(

@@ -4,7 +4,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from everanimate_cli.errors import SettingsError
 from everanimate_cli.records import THIS_RUN, LoraSpec, Options, decode_time, parse_size
 from everanimate_cli.settings import (
     HUB_MODEL,
@@ -16,6 +15,8 @@ from everanimate_cli.settings import (
     Fit,
     Memory,
     check_frames_per_chunk,
+    check_size,
+    check_stretch,
 )
 
 # What becomes of a decoded picture before it is encoded again.
@@ -74,15 +75,9 @@ class RoundtripSettings(Options):
             SettingsError: Naming the option and the value.
         """
         super().__post_init__()
-        if self.end is not None and self.end <= self.start:
-            raise SettingsError(f"--end {self.end} is not after --start {self.start}.")
+        check_stretch(self.start, self.end)
         check_frames_per_chunk(self, self.frames_per_chunk)
-        try:
-            parse_size(self.size)
-        except ValueError as error:
-            raise SettingsError(
-                f"--size {self.size} is not a size. Write WIDTHxHEIGHT (832x480) or auto."
-            ) from error
+        check_size(self.size)
 
     @property
     def default_output(self) -> Path:

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from everanimate_cli import placement
+from everanimate_cli.atomic_files import publish, write_json
 from everanimate_cli.errors import RunError
 from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.generation import Work, encode_again, generate, join, plan_work
-from everanimate_cli.images import atomic_path
 from everanimate_cli.inputs import build_rollout, encode_texts, extract_driving, open_inputs
 from everanimate_cli.offloading import is_out_of_memory, offload_folder
 from everanimate_cli.preflight import settings_path
 from everanimate_cli.preparation import Networks, Preparation, make_request, prepare
+from everanimate_cli.records import CommandResult, counted
 from everanimate_cli.runs import RunFolder, list_runs
 from everanimate_cli.settings import AnimateSettings, run_folder
-from everanimate_cli.workspace import open_work, publish
+from everanimate_cli.workspace import open_work
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,26 +33,9 @@ if TYPE_CHECKING:
     from everanimate_cli.model_folder import ModelSource
 
 
-@dataclass(frozen=True, kw_only=True)
-class AnimateResult:
-    """What a run made, or with `dry_run` what it would make.
-
-    Attributes:
-        output: The video.
-        facts: JSON values: length, size, chunks, timings, the settings file.
-    """
-
-    output: Path
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as one flat JSON object."""
-        return {"output": str(self.output), **self.facts}
-
-
 def animate(
     settings: AnimateSettings, on_event: OnEvent, processes: Processes | None = None
-) -> AnimateResult:
+) -> CommandResult:
     """Make the video that the settings ask for, or continue where an earlier run stopped.
 
     Args:
@@ -74,7 +57,7 @@ def animate(
         resolved, run, facts = prepared.settings, prepared.run, prepared.facts
         if resolved.dry_run:
             facts |= prepared.memory.choice.estimate.to_json()
-            return AnimateResult(output=resolved.output, facts=facts)
+            return CommandResult(output=resolved.output, facts=facts)
         networks = prepared.networks
         assert networks is not None  # only a dry run does without
         if prepared.inputs is None:
@@ -90,7 +73,6 @@ def animate(
             open_work(
                 run,
                 request,
-                label="--output",
                 resume=resolved.resume,
                 overwrite=resolved.overwrite,
             )
@@ -113,13 +95,11 @@ def animate(
             "anchor_frame_indices": prepared.anchors,
             "platform": platform.platform(),
         }
-        with atomic_path(run.record_path) as temporary:
-            text = json.dumps(record, ensure_ascii=False, indent=1)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(run.record_path, record)
         publish(run.record_path, settings_path(resolved.output))
         if not resolved.keep_run:
             run.remove()
-    return AnimateResult(output=resolved.output, facts=facts)
+    return CommandResult(output=resolved.output, facts=facts)
 
 
 # --- the run -------------------------------------------------------------------------------------
@@ -186,10 +166,10 @@ def _name_other_runs(output: Path, on_event: OnEvent) -> None:
 
 def _describe_work(facts: dict[str, Any], work: Work) -> str:
     """What is about to happen, in one line."""
-    chunks = "1 chunk" if work.num_chunks == 1 else f"{work.num_chunks} chunks"
     line = (
-        f"{facts['frames']} frames of {facts['size']} at {facts['fps']:g} fps in {chunks} of "
-        f"{facts['steps']} steps, {facts['model']} on {facts['device']} in {facts['dtype']}"
+        f"{counted(facts['frames'], 'frame')} of {facts['size']} at {facts['fps']:g} fps in "
+        f"{counted(work.num_chunks, 'chunk')} of {counted(facts['steps'], 'step')}, "
+        f"{facts['model']} on {facts['device']} in {facts['dtype']}"
     )
     parallel = facts["speed"].get("parallel")
     if parallel is not None:

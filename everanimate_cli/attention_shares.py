@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from everanimate_cli import checkpoint, estimates, hub, weights
-from everanimate_cli.analyze import AnalysisResult, write_record, write_table
+from everanimate_cli.analyze import write_record, write_table
 from everanimate_cli.analyze_settings import ATTENTION_FILES, AttentionSettings, motion_slots
 from everanimate_cli.chunks import ChunkPlan
 from everanimate_cli.events import ChunkDone, ChunkStarted, Note, OnEvent, StepDone
-from everanimate_cli.figures import dress, new_figure, save_figure, whole_ticks
+from everanimate_cli.figures import dress, hide_frames, new_figure, save_figure, whole_ticks
 from everanimate_cli.inputs import (
     build_rollout,
     check_media,
@@ -37,6 +37,7 @@ from everanimate_cli.inputs import (
 from everanimate_cli.offloading import offload_folder
 from everanimate_cli.pipeline import peak_memory_mib
 from everanimate_cli.placement import Job, plan_for_machine, read_sizes
+from everanimate_cli.records import CommandResult, counted
 from everanimate_cli.rollout import Step
 from everanimate_cli.schedule import shifted_sigmas
 from everanimate_cli.settings import TEMPORAL_STRIDE, ResolvedSettings, resolve
@@ -395,7 +396,7 @@ class AttentionShares:
 # --- the work ------------------------------------------------------------------------------------
 
 
-def analyze_attention(settings: AttentionSettings, on_event: OnEvent) -> AnalysisResult:
+def analyze_attention(settings: AttentionSettings, on_event: OnEvent) -> CommandResult:
     """Run the chunk loop as `animate` does and measure all self attention on the way.
 
     Args:
@@ -446,7 +447,7 @@ def analyze_attention(settings: AttentionSettings, on_event: OnEvent) -> Analysi
             "dtype": str(dtype).removeprefix("torch."),
         }
         if settings.dry_run:
-            return AnalysisResult(output=output, facts=facts)
+            return CommandResult(output=output, facts=facts)
         if inputs is None:
             resolved, media = extract_driving(
                 resolved, media, source, (height, width), geometry.face_size, on_event
@@ -498,13 +499,13 @@ def analyze_attention(settings: AttentionSettings, on_event: OnEvent) -> Analysi
         share, uniform = results["share"][group], results["uniform_share"][group]
         text = f"{_NAMES[group]}: {share:.1%} of the attention, {share / uniform:.2f} of uniform"
         on_event(Note(text=text))
-    return AnalysisResult(output=output, facts=facts)
+    return CommandResult(output=output, facts=facts)
 
 
 def _describe(facts: dict[str, Any], layout: Layout) -> str:
-    chunks = "1 chunk" if facts["chunks"] == 1 else f"{facts['chunks']} chunks"
     return (
-        f"{facts['frames']} frames of {facts['size']} in {chunks} of {facts['steps']} steps, "
+        f"{counted(facts['frames'], 'frame')} of {facts['size']} in "
+        f"{counted(facts['chunks'], 'chunk')} of {counted(facts['steps'], 'step')}, "
         f"{layout.num_tokens} tokens in {layout.num_slots} slots, "
         f"{facts['model']} on {facts['device']} in {facts['dtype']}"
     )
@@ -719,7 +720,7 @@ def plot_heat_maps(path: Path, measured: AttentionShares, title: str) -> None:
             )
         _name_row(grid[2 * row][0], f"chunk {chunk_index}")
         _name_row(grid[2 * row + 1][0], "share to\nidentity")
-    _hide_frames(grid)
+    hide_frames(grid)
     assert image is not None
     bar = upper.colorbar(image, ax=grid, pad=0.01, fraction=0.025, shrink=0.8)
     uniform = layout.uniform_shares[0]
@@ -750,7 +751,7 @@ def _draw_memory(
         )
     _name_row(grid[0][0], f"memory of\nchunk {chunk_index}")
     _name_row(grid[1][0], "looked at")
-    _hide_frames(grid)
+    hide_frames(grid)
     assert image is not None
     bar = figure.colorbar(image, ax=grid, pad=0.01, fraction=0.025, shrink=0.9)
     bar.set_label("attention that a token gets\n(times uniform)", fontsize=9)
@@ -773,10 +774,3 @@ def _overlay(axes: Axes, frame_u8: Frames, cells: Values, low: float, high: floa
 
 def _name_row(axes: Axes, name: str) -> None:
     axes.set_ylabel(name, fontsize=9, rotation=0, ha="right", va="center", labelpad=10)
-
-
-def _hide_frames(grid: NDArray[Any]) -> None:
-    """Leave the pictures and their names; empty places vanish."""
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,15 +95,6 @@ def check_checkpoint(source: ModelSource, loras: Sequence[Path] = ()) -> None:
     _check_fit(source)
     for path in loras:
         plan_lora(path, shapes["transformer"])
-
-
-def count_parameters(source: ModelSource) -> dict[str, int]:
-    """Number of parameters by network, from the headers of the weight files.
-
-    Raises:
-        WeightsError: As `check_checkpoint`.
-    """
-    return {name: sum(map(math.prod, check_network(source, name).values())) for name in KINDS}
 
 
 def checkpoint_hash(source: ModelSource, networks: Sequence[str] = tuple(KINDS)) -> str:

@@ -6,6 +6,7 @@ answered before torch or diffusers is loaded. Workers are imported inside the co
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -21,6 +22,7 @@ from everanimate_cli.cli_eval import EVAL_HELP, run_eval
 from everanimate_cli.cli_extract import EXTRACT_HELP, run_extract_pose
 from everanimate_cli.cli_launch import this_launch
 from everanimate_cli.cli_options import (
+    INTERRUPTED,
     PROGRAM,
     RESULT,
     AsJson,
@@ -179,7 +181,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     launch = this_launch()
     if launch is None or launch.is_main or words[0] != "animate":
-        return _run(words)
+        code = _run(words)
+        if argv is None and launch is None and code == INTERRUPTED:
+            # Taking the libraries down takes a moment: another Ctrl-C ends it without a trace.
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return code
     # The main process tells the same, and its exit code counts.
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         _run(words)

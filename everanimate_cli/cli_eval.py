@@ -310,7 +310,7 @@ def _write_files(evaluation: "Evaluation", entries: Mapping[str, Any]) -> None:
     """The files that were asked for; `entries` is the evaluation as JSON."""
     settings = evaluation.settings
     if settings.output is not None:
-        from everanimate_cli.images import atomic_path
+        from everanimate_cli.atomic_files import atomic_path
 
         with (
             atomic_path(settings.output) as temporary,

@@ -78,7 +78,7 @@ app = typer.Typer(help=MODELS_HELP)
 
 _Names = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[NAME]...", help="Models of any kind.", show_default=False),
+    typer.Argument(metavar="NAME", help="Models of any kind.", show_default=False),
 ]
 
 

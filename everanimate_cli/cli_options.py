@@ -2,19 +2,26 @@
 
 import errno
 import json
+import sys
+from _thread import interrupt_main
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from threading import Timer
+from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 import typer
 
 from everanimate_cli.errors import RunError
 from everanimate_cli.records import Options, option_name
 
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
 PROGRAM = "everanimate"
 INTERRUPTED = 130
+_REPEAT_AFTER_S = 0.01
 
 # Headings of the groups on the help pages.
 CARD = "Memory of the card"
@@ -126,10 +133,31 @@ _PARSERS: dict[Any, Callable[[str], Any]] = {
 
 
 @contextmanager
+def _no_lost_interrupt() -> Iterator[None]:
+    """Repeat a Ctrl-C that came while a finalizer ran: Python drops what is raised there."""
+    before = sys.unraisablehook
+
+    def repeat(lost: "UnraisableHookArgs") -> None:
+        if issubclass(lost.exc_type, KeyboardInterrupt):
+            again = Timer(_REPEAT_AFTER_S, interrupt_main)  # by then the finalizer is done
+            again.daemon = True
+            again.start()
+        else:
+            before(lost)
+
+    sys.unraisablehook = repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+
+
+@contextmanager
 def resumable(how: str) -> Iterator[None]:
     """Turn Ctrl-C and a full disk into a line that says how to go on."""
     try:
-        yield
+        with _no_lost_interrupt():
+            yield
     except KeyboardInterrupt:
         typer.echo(f"interrupted. Run the same command {how} to continue.", err=True)
         raise typer.Exit(INTERRUPTED) from None

@@ -28,10 +28,14 @@ from everanimate_cli.events import (
     StepDone,
     TrainStep,
 )
+from everanimate_cli.records import counted
 
 # Short chunks and steps would fill a log with their lines, so that one is printed this often at
 # most, and for the first and the last of them.
 _LINE_PERIOD_S = 10.0
+# Speed and memory take a third of a usual terminal; on a narrower one the counts matter more.
+_ROOM_FOR_SPEED = 60
+_SHORT_BAR = 8
 # The loss of one step depends most on the noise levels that it drew.
 _LOSS_WINDOW = 100
 
@@ -64,7 +68,7 @@ class Tally:
         """One line about the chunk just finished and the time that the rest will take."""
         parts = [
             f"chunk {chunk.chunk_index + 1}/{self.num_chunks}: "
-            f"{chunk.num_frames} frames in {chunk.seconds:.1f} s",
+            f"{counted(chunk.num_frames, 'frame')} in {chunk.seconds:.1f} s",
             self.speed(),
         ]
         chunks_left = self.num_chunks - chunk.chunk_index - 1
@@ -158,12 +162,14 @@ def show_progress(*, quiet: bool = False, console: Console | None = None) -> Ite
     elif not console.is_terminal:
         yield LineReporter(console)
     else:
+        is_wide = console.width >= _ROOM_FOR_SPEED
+        speed = [TextColumn("{task.fields[speed]}")] if is_wide else []
         bars = Progress(
             TextColumn("{task.description}"),
-            BarColumn(),
+            BarColumn() if is_wide else BarColumn(_SHORT_BAR),
             MofNCompleteColumn(),
             TimeRemainingColumn(elapsed_when_finished=True),
-            TextColumn("{task.fields[speed]}"),
+            *speed,
             console=console,
             # Chunks can take minutes: the default of 30 s would forget all speed between them.
             speed_estimate_period=3600.0,

@@ -25,6 +25,13 @@ _EBML_HEADER = b"\x1a\x45\xdf\xa3"
 _SEGMENT = b"\x18\x53\x80\x67"
 _MAX_ELEMENTS_BEFORE_SEGMENT = 8
 _RIFF = b"RIFF"  # AVI
+# WMV and ASF: objects of a name, eight bytes with their whole length, and the rest.
+_ASF_HEADER = bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c")
+_ASF_DATA = bytes.fromhex("3626b2758e66cf11a6d900aa0062ce6c")
+_FLV = b"FLV"
+_FLV_TAGS = (8, 9, 18)  # sound, video, script
+_GIF = b"GIF8"
+_GIF_EXTENSION, _GIF_IMAGE, _GIF_END = b"!", b",", b";"
 
 
 class DamagedError(MediaError):
@@ -96,30 +103,50 @@ def intact_packets(container: InputContainer, stream: VideoStream) -> Iterator[P
         TornError: Where a packet is missing.
     """
     num_packets = 0
+    # Of a packet that is cut short, FFmpeg's GIF reader gives what there is as if it were whole.
+    is_gif = container.format.name == "gif"
+    last: Packet[VideoStream] | None = None
     try:
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise TornError
-            if packet.size:
-                num_packets += 1
+            if not packet.size:
+                continue
+            num_packets += 1
+            if not is_gif:
                 yield packet
+                continue
+            if last is not None:
+                yield last
+            last = packet
     except av.error.FFmpegError as error:
         raise TornError from error
     # MP4 lists all packets at one place: a file cut between two packets shows no other sign. The
     # others are read up to their last whole packet, as if nothing ought to follow.
     if len(stream.index_entries) > num_packets or _is_cut_off(container):
         raise TornError
+    if last is not None:
+        yield last
 
 
 def _is_cut_off(container: InputContainer) -> bool:
-    """Whether a Matroska, WebM or AVI file is shorter than it says, if it says so."""
+    """Whether a file is shorter than it says, if its container says so.
+
+    MPEG's streams (TS, MPG) never do, and end anywhere.
+    """
     path = Path(container.name.removeprefix("file:"))
     with path.open("rb") as file:
-        start = file.read(4)
-        if start == _EBML_HEADER:
+        start = file.read(16)
+        if start.startswith(_EBML_HEADER):
             stated = _matroska_size(file)
-        elif start == _RIFF:
+        elif start.startswith(_RIFF):
             stated = _riff_size(file)
+        elif start == _ASF_HEADER:
+            stated = _asf_size(file)
+        elif start.startswith(_FLV):
+            stated = _flv_size(file)
+        elif start.startswith(_GIF):
+            stated = _gif_size(file)
         else:
             return False
         return stated is not None and stated > file.seek(0, os.SEEK_END)
@@ -171,6 +198,73 @@ def _riff_size(file: BinaryIO) -> int | None:
         if not size:
             return None
         end = file.tell() + size
+
+
+def _asf_size(file: BinaryIO) -> int | None:
+    """Bytes up to the end of the packets; None if their length was never filled in.
+
+    Source: Advanced Systems Format specification, sections 3.1 and 5.1.
+    """
+    file.seek(len(_ASF_HEADER))
+    begin = int.from_bytes(file.read(8), "little")
+    file.seek(begin)
+    head = file.read(24)
+    size = int.from_bytes(head[16:], "little")
+    return begin + size if head.startswith(_ASF_DATA) and size else None
+
+
+def _flv_size(file: BinaryIO) -> int | None:
+    """Bytes up to the end of the last tag that was begun; None if something else lies between.
+
+    Source: Adobe Flash Video File Format Specification 10.1, annex E.
+    """
+    file.seek(5)
+    end = int.from_bytes(file.read(4))
+    while True:
+        # Four bytes with the length of the tag before, then this one's kind, its length and seven
+        # bytes more.
+        file.seek(end + 4)
+        head = file.read(11)
+        if not head:
+            return end
+        if head[0] & 0x1F not in _FLV_TAGS:
+            return None
+        end += 4 + 11 + int.from_bytes(head[1:4])
+
+
+def _gif_size(file: BinaryIO) -> int | None:
+    """Bytes up to the end of the last block that was begun; None if something else lies between.
+
+    The end mark itself is left out by some programs.
+
+    Source: GIF89a specification.
+    """
+    file.seek(10)
+    _skip_colours(file, file.read(3)[:1])
+    while True:
+        end = file.tell()
+        kind = file.read(1)
+        if not kind or kind == _GIF_END:
+            return end
+        if kind == _GIF_EXTENSION:
+            file.seek(1, os.SEEK_CUR)
+        elif kind == _GIF_IMAGE:
+            _skip_colours(file, file.read(9)[8:])
+            file.seek(1, os.SEEK_CUR)
+        else:
+            return None
+        while length := file.read(1):
+            if length == b"\0":
+                break
+            file.seek(length[0], os.SEEK_CUR)
+        else:
+            return file.tell() + 1
+
+
+def _skip_colours(file: BinaryIO, flags: bytes) -> None:
+    """Go behind a table of colours, if the flags before it announce one."""
+    if flags and flags[0] & 0x80:
+        file.seek(3 << (flags[0] & 7) + 1, os.SEEK_CUR)
 
 
 @contextmanager

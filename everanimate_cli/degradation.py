@@ -6,8 +6,8 @@ Source: method page section 3 (`A`); paper section 3.3.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 import cv2
 import numpy as np
@@ -77,10 +77,6 @@ class Degradation:
             [S, H, W, 3] uint8 RGB, a copy.
         """
         return np.stack([self._frame(frame_u8) for frame_u8 in frames_u8])
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain values."""
-        return asdict(self)
 
     def _frame(self, frame_u8: Frames) -> Frames:
         frame = frame_u8.copy()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import wave
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from everanimate_cli.animate import animate
+from everanimate_cli.atomic_files import write_json
 from everanimate_cli.encode import VideoWriter
 from everanimate_cli.events import Note, OnEvent
 from everanimate_cli.hub import TOY_FOLDER
-from everanimate_cli.images import atomic_path, write_png
+from everanimate_cli.images import write_png
 from everanimate_cli.joining import AudioSource, join_videos
 from everanimate_cli.preflight import demo_options, demo_record_path, read_demo_options
 from everanimate_cli.settings import (
@@ -29,7 +29,7 @@ from everanimate_cli.toyworld import Dance, ToyScene
 from everanimate_cli.video import VideoReader
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -130,7 +130,7 @@ def render_inputs(reference: Path, driving: Path, settings: DemoSettings) -> Non
     dance = Dance(character, turn_after_s=0.4 * seconds)
     num_frames = max(1, round(seconds * defaults.fps))
     # First of all, so that a demo that is interrupted here is known as one and goes on.
-    _write_json(demo_record_path(driving.parent), demo_options(settings))
+    write_json(demo_record_path(driving.parent), demo_options(settings))
     write_png(reference, ToyScene(character, dance, height=height, width=width).reference())
     # Larger than what the model makes, as in real life, and of even sides for the encoder.
     raw_height = 2 * round(RAW_SIZE_PX * height / width / 2)
@@ -147,11 +147,6 @@ def render_inputs(reference: Path, driving: Path, settings: DemoSettings) -> Non
     finally:
         for path in (silent, sound):
             path.unlink(missing_ok=True)
-
-
-def _write_json(path: Path, record: Mapping[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_music(path: Path, seconds: float, beat_hz: float) -> None:

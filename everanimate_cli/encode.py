@@ -23,9 +23,10 @@ from av.video.reformatter import (
 )
 from av.video.stream import VideoStream
 
+from everanimate_cli.atomic_files import atomic_path
 from everanimate_cli.containers import open_output, tag_for_players
 from everanimate_cli.errors import SettingsError
-from everanimate_cli.images import Frames, atomic_path
+from everanimate_cli.images import Frames
 from everanimate_cli.settings import MAX_CRF, Codec
 from everanimate_cli.video import as_rate
 

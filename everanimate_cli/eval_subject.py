@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from everanimate_cli.eval_manifest import EvalEntry
     from everanimate_cli.eval_settings import EvalSettings
-    from everanimate_cli.frame_metrics import Frame, Mask
+    from everanimate_cli.metrics import Frame, Mask
     from everanimate_cli.settings import Extend, Fit
 
 # Poses that run backwards are decoded from a key frame on, once per block.

@@ -18,6 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from everanimate_cli.atomic_files import atomic_path
 from everanimate_cli.eval_manifest import list_entries
 from everanimate_cli.eval_meters import (
     OF_BACKGROUND,
@@ -39,7 +40,6 @@ from everanimate_cli.feature_files import STEP_FRAMES, FeatureWriter, distances,
 from everanimate_cli.frame_metrics import Moment, Whole
 from everanimate_cli.frechet import PairSums
 from everanimate_cli.hashes import hash_file
-from everanimate_cli.images import atomic_path
 from everanimate_cli.metric_table import METRICS
 from everanimate_cli.records import read_json_object
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from everanimate_cli.eval_result import Evaluation, Measure
 
-from everanimate_cli.images import atomic_path
+from everanimate_cli.atomic_files import atomic_path
 
 _NOTHING = "-"
 

@@ -13,17 +13,17 @@ import json
 import os
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everanimate_cli import pose_models, skeleton
+from everanimate_cli import pose_models
+from everanimate_cli.atomic_files import write_json
 from everanimate_cli.encode import VideoWriter
 from everanimate_cli.errors import InputError, MediaError, RunError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
 from everanimate_cli.hashes import hash_file
-from everanimate_cli.images import atomic_path, fit_frame, fit_size, read_image, write_png
+from everanimate_cli.images import contain_box, fit_frame, fit_size, read_image, write_png
 from everanimate_cli.model_table import DETECTORS, POSE_MODELS, is_local, local_file
 from everanimate_cli.pose_analysis import (
     Analyser,
@@ -46,7 +46,7 @@ from everanimate_cli.pose_folder import (
     publish_files,
     read_state,
 )
-from everanimate_cli.records import option_name
+from everanimate_cli.records import CommandResult, option_name
 from everanimate_cli.runs import ExtractFolder
 from everanimate_cli.settings import (
     CANVAS_MULTIPLE,
@@ -72,24 +72,7 @@ _WAITING_BYTES = 2**30
 _SMALL_CONTENT = 0.5  # share of the canvas below which the person comes out small
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExtractResult:
-    """What an extraction made, or with `dry_run` what it would make.
-
-    Attributes:
-        output: The folder.
-        facts: JSON values: length, size, models, frames without a person, timings.
-    """
-
-    output: Path
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as one flat JSON object."""
-        return {"output": str(self.output), **self.facts}
-
-
-def extract(settings: ExtractSettings, on_event: OnEvent) -> ExtractResult:
+def extract(settings: ExtractSettings, on_event: OnEvent) -> CommandResult:
     """Make the folder that the settings ask for, or continue where an earlier run stopped.
 
     Args:
@@ -121,7 +104,7 @@ def extract(settings: ExtractSettings, on_event: OnEvent) -> ExtractResult:
             "pose_model": settings.pose_model,
         }
         if settings.dry_run:
-            return ExtractResult(output=output, facts=facts)
+            return CommandResult(output=output, facts=facts)
         request = make_request(settings, size)
         models = load_models(settings, on_event)
         tracks, chosen = choose_person(source, models.detector, settings, on_event)
@@ -144,7 +127,6 @@ def extract(settings: ExtractSettings, on_event: OnEvent) -> ExtractResult:
             open_work(
                 ExtractFolder(run_folder(output)),
                 request,
-                label="--output",
                 resume=settings.resume,
                 overwrite=settings.overwrite,
             )
@@ -188,9 +170,7 @@ def extract(settings: ExtractSettings, on_event: OnEvent) -> ExtractResult:
         }
         if plan is not None and template is not None:
             record["retarget"] = plan.to_json() | {"template_frame": template.index}
-        with atomic_path(work.joined_path("extract.json")) as temporary:
-            text = json.dumps(record, ensure_ascii=False, indent=1)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(work.joined_path("extract.json"), record)
         publish_files(work, output)
         work.remove()
         facts["timings"] = {"total_s": round(time.monotonic() - started_s, 3)}
@@ -201,7 +181,7 @@ def extract(settings: ExtractSettings, on_event: OnEvent) -> ExtractResult:
                 f"VIDEO {settings.video} is damaged at {source.damaged_s:.3f} s. "
                 f"The {num_frames} frames before it are in {output}."
             )
-    return ExtractResult(output=output, facts=facts)
+    return CommandResult(output=output, facts=facts)
 
 
 def load_models(settings: ExtractSettings, on_event: OnEvent) -> pose_models.PoseModels:
@@ -336,8 +316,8 @@ def _content_share(
     """Part of the canvas that the driving picture fills."""
     if settings.fit != "contain":
         return 1.0
-    x0, y0, x1, y1 = skeleton.letterbox_box(source, canvas)
-    return (x1 - x0) * (y1 - y0) / (canvas[0] * canvas[1])
+    _, _, height, width = contain_box(*source, *canvas)
+    return height * width / (canvas[0] * canvas[1])
 
 
 def list_persons(settings: ExtractSettings, on_event: OnEvent) -> list[Person]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, BinaryIO, Final, Self
 import numpy as np
 from numpy.lib import format as npy
 
+from everanimate_cli.atomic_files import atomic_path
 from everanimate_cli.frame_metrics import Unavailable, Whole
 from everanimate_cli.frechet import PairSums
-from everanimate_cli.images import atomic_path
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from everanimate_cli.images import atomic_path
+from everanimate_cli.atomic_files import atomic_path
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 _DPI = 120
 
@@ -43,6 +44,13 @@ def dress(axes: Axes) -> None:
     """Give the axes of a curve the look of all curves."""
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def hide_frames(grid: NDArray[Any]) -> None:
+    """Leave the pictures in axes and their names; empty places vanish."""
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
 
 
 def whole_ticks(*axes: Axis) -> None:

@@ -25,13 +25,10 @@ from numpy.typing import NDArray
 from everanimate_cli import metrics
 from everanimate_cli.frechet import PairSums
 from everanimate_cli.images import fit_frame
+from everanimate_cli.metrics import Frame, Mask, Values
 
 if TYPE_CHECKING:
     from everanimate_cli.settings import Fit
-
-Frame = NDArray[np.uint8]
-Mask = NDArray[np.bool_]
-Values = NDArray[np.float64]
 
 MAX_PSNR_DB: Final = 100.0
 _LEAST_ERROR: Final = metrics.DATA_RANGE**2 / 10 ** (MAX_PSNR_DB / 10)

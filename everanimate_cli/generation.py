@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -13,13 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from everanimate_cli import acceleration
+from everanimate_cli.atomic_files import write_json
 from everanimate_cli.background import Background
 from everanimate_cli.chunks import ChunkPlan, driving_indices
 from everanimate_cli.encode import VideoWriter
 from everanimate_cli.errors import MediaError, RunError, SettingsError
 from everanimate_cli.estimates import geometry_of
 from everanimate_cli.events import ChunkDone, ChunkStarted, OnEvent, StepDone
-from everanimate_cli.images import atomic_path, write_png
+from everanimate_cli.images import write_png
 from everanimate_cli.inputs import Inputs
 from everanimate_cli.joining import AudioOutcome, join_videos
 from everanimate_cli.pipeline import peak_memory_mib
@@ -123,8 +123,7 @@ def _take_pictures_folder(run: RunFolder, folder: Path, num_finished: int) -> in
 def _write_pictures(run: RunFolder, folder: Path, *, num_missing: int) -> Pictures:
     """Note where the pictures are, and of how many chunks there are none."""
     pictures = Pictures(folder=folder.resolve(), num_missing=num_missing)
-    with atomic_path(run.pictures_path) as temporary:
-        temporary.write_text(json.dumps(pictures.to_json()), encoding="utf-8")
+    write_json(run.pictures_path, pictures.to_json())
     return pictures
 
 

@@ -26,11 +26,6 @@ class GgufType:
     block_size: int
     block_bytes: int
 
-    @property
-    def is_packed(self) -> bool:
-        """Whether torch has no such numbers; diffusers unpacks BF16 itself as well."""
-        return self.name not in ("F32", "F16")
-
 
 # Those that diffusers unpacks, by ggml's number.
 GGUF_TYPES = {

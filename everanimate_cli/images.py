@@ -5,12 +5,8 @@ through the same `fit_frame`, so that they line up.
 """
 
 import math
-import os
-import secrets
 import struct
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -19,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from everanimate_cli.atomic_files import atomic_path
 from everanimate_cli.errors import MediaError, SettingsError
 from everanimate_cli.settings import Fit
 
@@ -111,42 +108,6 @@ def write_png(path: Path, frame_u8: Frames) -> None:
     """
     with atomic_path(path) as temporary:
         Image.fromarray(frame_u8, "RGB").save(temporary, format="PNG")
-
-
-@contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, which takes its place if the block ends without exception.
-
-    The content is on the disk before the name changes, so that a power cut leaves the old file or
-    the new one. After an exception nothing is left behind and an old `path` is untouched.
-
-    Args:
-        path: File to make or replace; its folder must exist.
-
-    Yields:
-        An empty file in the same folder.
-
-    Raises:
-        OSError: If the disk is full or the folder cannot be written.
-    """
-    # Not `tempfile`: its files are readable by the owner only, and would stay so after the rename.
-    # The name is cut, since file systems allow 255 bytes.
-    temporary = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.part")
-    temporary.touch(exist_ok=False)
-    try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # Windows cannot open a folder, and needs no second fsync.
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def contain_box(

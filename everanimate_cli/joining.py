@@ -23,6 +23,7 @@ from av.container import InputContainer, OutputContainer
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from everanimate_cli.atomic_files import atomic_path
 from everanimate_cli.containers import (
     DamagedError,
     TornError,
@@ -37,7 +38,7 @@ from everanimate_cli.containers import (
     video_stream,
 )
 from everanimate_cli.errors import MediaError
-from everanimate_cli.images import atomic_path, check_media_file
+from everanimate_cli.images import check_media_file
 from everanimate_cli.video import first_frame_s
 
 AudioOutcome = Literal["copied", "re-encoded", "absent"]

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Final
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from everanimate_cli.atomic_files import atomic_path, write_json
 from everanimate_cli.errors import InputError, RunError, SettingsError
-from everanimate_cli.images import atomic_path
 from everanimate_cli.runs import try_lock
 from everanimate_cli.workspace import list_differences
 
@@ -84,9 +84,7 @@ class LatentCache:
                 time.sleep(_LOCK_POLL_S)
             self._compare_identity()
             if not self._identity_path.exists():
-                with atomic_path(self._identity_path) as temporary:
-                    text = json.dumps(self.identity, ensure_ascii=False, indent=1)
-                    temporary.write_text(text, encoding="utf-8")
+                write_json(self._identity_path, self.identity)
         for name in ("samples", "prompts", "constants"):
             (self.folder / name).mkdir(exist_ok=True)
         self._clear_stale()

@@ -29,7 +29,8 @@ from everanimate_cli.frechet import PairSums
 if TYPE_CHECKING:
     from everanimate_cli.eval_settings import Horizon
     from everanimate_cli.feature_files import FeatureWriter
-    from everanimate_cli.frame_metrics import Backdrop, Frame, Moment
+    from everanimate_cli.frame_metrics import Backdrop, Moment
+    from everanimate_cli.metrics import Frame
 
 LPIPS_LEAST_PX: Final = 31  # below, AlexNet's second pooling has nothing to pool
 _BATCH: Final = 8  # frames that go through a network together

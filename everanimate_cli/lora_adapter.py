@@ -20,8 +20,8 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from everanimate_cli.atomic_files import atomic_path
 from everanimate_cli.errors import SettingsError
-from everanimate_cli.images import atomic_path
 from everanimate_cli.lora import LORA_TARGET_PATTERN, load_lora, released_key
 
 if TYPE_CHECKING:

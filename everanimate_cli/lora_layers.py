@@ -116,7 +116,7 @@ def list_ranks(
     """Ranks of the updates that `attach_loras` computes beside layers, without loading any.
 
     Args:
-        loras: As in `fuse_loras`.
+        loras: As in `plan_loras`.
         network_shapes: Shape by parameter name as if nothing were packed.
         packed: Parameters that are.
 
@@ -166,12 +166,12 @@ def attach_loras(
     """Let a network compute with LoRAs, its packed weights and those of its blocks untouched.
 
     Products for linear layers outside the blocks whose weights are plain, and whole differences,
-    are added to the weights as `fuse_loras` does.
+    are added to the weights, see `LoraFiles.fuse`.
 
     Args:
         network: A network without adapters, before its weights are stored in fewer bits; changed
             in place.
-        loras: As in `fuse_loras`.
+        loras: As in `plan_loras`.
         network_shapes: Shape by parameter name as if nothing were packed.
         dtype: Of the matrices: what the network computes in.
 

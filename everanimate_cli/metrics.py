@@ -65,11 +65,7 @@ def squared_error(made_u8: Frame, truth_u8: Frame, mask: Mask | None = None) -> 
     Raises:
         ValueError: If the shapes differ, a frame is not uint8 or the mask is empty.
     """
-    _check_alike(made_u8, truth_u8)
-    if mask is not None:
-        made_u8, truth_u8 = made_u8[mask], truth_u8[mask]
-    if not made_u8.size:
-        raise ValueError("no pixel is in the mask")
+    made_u8, truth_u8 = _choose_pixels(made_u8, truth_u8, mask)
     # int32 holds every difference and every square of one; uint8 would wrap around.
     difference = made_u8.astype(np.int32) - truth_u8
     return float(np.square(difference).mean(dtype=np.float64))
@@ -171,11 +167,7 @@ def colour_shift(made_u8: Frame, truth_u8: Frame, mask: Mask | None = None) -> C
     Raises:
         ValueError: If the shapes differ, a frame is not uint8 or the mask is empty.
     """
-    _check_alike(made_u8, truth_u8)
-    if mask is not None:
-        made_u8, truth_u8 = made_u8[mask], truth_u8[mask]
-    if not made_u8.size:
-        raise ValueError("no pixel is in the mask")
+    made_u8, truth_u8 = _choose_pixels(made_u8, truth_u8, mask)
     difference = (_to_lab(made_u8) - _to_lab(truth_u8)).reshape(-1, 3).mean(0)
     return ColourShift(*difference.tolist())
 
@@ -191,6 +183,16 @@ def _to_lab(pixels_u8: Frame) -> Values:
         0,
     )
     return np.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], axis=-1)
+
+
+def _choose_pixels(made_u8: Frame, truth_u8: Frame, mask: Mask | None) -> tuple[Frame, Frame]:
+    """Pixels of both frames that count; raises ValueError as `squared_error`."""
+    _check_alike(made_u8, truth_u8)
+    if mask is not None:
+        made_u8, truth_u8 = made_u8[mask], truth_u8[mask]
+    if not made_u8.size:
+        raise ValueError("no pixel is in the mask")
+    return made_u8, truth_u8
 
 
 def _check_alike(made_u8: Frame, truth_u8: Frame) -> None:

@@ -1,6 +1,6 @@
 """The published pose models: which there are, and what a name on the command line means.
 
-Standard library only, so that help texts and checks of options load nothing heavy.
+Standard library only, so that checks of options load nothing heavy.
 
 Where a checksum is given, two or more unrelated public projects state the same one for that file.
 The eight digits in OpenMMLab's file names are no help: they are the start of the hash of the
@@ -65,14 +65,12 @@ class PoseModel:
 
     Attributes:
         files: The ONNX file, then the files with its weights if there are any; empty for the toy.
-        about: A line for the help.
         detector: The one that goes with it.
         thresholds: See `Thresholds`.
         channels: Order of colours that it was trained with.
     """
 
     files: tuple[ModelFile, ...]
-    about: str
     detector: str
     thresholds: Thresholds
     channels: Channels = "rgb"
@@ -84,13 +82,11 @@ class DetectorModel:
 
     Attributes:
         files: See `PoseModel`.
-        about: A line for the help.
         score_threshold: Boxes with less are dropped; None for the usual one of its kind.
         channels: Order of colours that it was trained with.
     """
 
     files: tuple[ModelFile, ...]
-    about: str
     score_threshold: float | None = None
     channels: Channels = "bgr"
 
@@ -120,6 +116,7 @@ def _hub_file(
 # - "dwpose": what its users commonly take.
 # - "vitpose": body and hand are those of the released preprocessing, which knows none for the face.
 POSE_MODELS: Final[Mapping[str, PoseModel]] = {
+    # RTMW-l at 384x288, the most accurate.
     "rtmw": PoseModel(
         files=(
             _openmmlab_file(
@@ -130,13 +127,12 @@ POSE_MODELS: Final[Mapping[str, PoseModel]] = {
                 f"{_HUB}bukuroo/RTMW-ONNX/resolve/main/rtmw-l-384.onnx",
             ),
         ),
-        about="RTMW-l at 384x288, the most accurate",
         detector="yolox-m",
         thresholds=Thresholds(body=3.0, hand=3.0, face=1.8),
     ),
+    # RTMW-m at 256x192, the fastest.
     "rtmw-m": PoseModel(
         files=(_openmmlab_file("rtmw", "rtmw-dw-l-m_simcc-cocktail14_270e-256x192_20231122", 130),),
-        about="RTMW-m at 256x192, the fastest",
         detector="yolox-tiny",
         thresholds=Thresholds(body=0.5, hand=0.5, face=0.3),
     ),
@@ -150,10 +146,10 @@ POSE_MODELS: Final[Mapping[str, PoseModel]] = {
                 _DWPOSE_COMMIT,
             ),
         ),
-        about="DWPose-l at 384x288",
         detector="yolox-l",
         thresholds=Thresholds(body=0.3, hand=0.3, face=0.3),
     ),
+    # ViTPose-H at 256x192, which Wan2.2-Animate was released with.
     "vitpose": PoseModel(
         # The original's own copy is a folder of 394 files; this is the same network in two.
         files=(
@@ -162,7 +158,6 @@ POSE_MODELS: Final[Mapping[str, PoseModel]] = {
                 _VITPOSE, "onnx/vitpose_h_wholebody_data.bin", 2549, revision=_VITPOSE_COMMIT
             ),
         ),
-        about="ViTPose-H at 256x192, which Wan2.2-Animate was released with",
         detector="yolov10m",
         thresholds=Thresholds(body=0.5, hand=0.5, face=0.3),
         # Differs from the released preprocessing, which hands it BGR with RGB statistics by
@@ -178,13 +173,12 @@ POSE_MODELS: Final[Mapping[str, PoseModel]] = {
                 "89bdf6692d9224dbd5004dcef23a9ba2d54c5776212b359d5a5b5068ac14fd08",
             ),
         ),
-        about="ViTPose++-L at 256x192",
         detector="yolov10m",
         thresholds=Thresholds(body=0.5, hand=0.5, face=0.3),
     ),
+    # For the figures of the demo only.
     TOY: PoseModel(
         files=(),
-        about="for the figures of the demo only; embedded, works offline",
         detector=TOY,
         # The toy transformer was trained on pictures too small for hands.
         thresholds=Thresholds(body=0.5, hand=float("inf"), face=0.5),
@@ -192,6 +186,7 @@ POSE_MODELS: Final[Mapping[str, PoseModel]] = {
 }
 
 DETECTORS: Final[Mapping[str, DetectorModel]] = {
+    # For people and drawn figures, as its small sister below.
     "yolox-m": DetectorModel(
         files=(
             _openmmlab_file(
@@ -201,7 +196,6 @@ DETECTORS: Final[Mapping[str, DetectorModel]] = {
                 "3dea6513388889f0fff4b77bf7a26013600321b9eb9ceb0e9a400a82572f5f23",
             ),
         ),
-        about="YOLOX-m for people and drawn figures",
     ),
     "yolox-tiny": DetectorModel(
         files=(
@@ -212,8 +206,8 @@ DETECTORS: Final[Mapping[str, DetectorModel]] = {
                 "ceb11c07298f95c50d7c5abeb906d03340c85f23aa79e3e66966e7fb6c307250",
             ),
         ),
-        about="the same, small and fast",
     ),
+    # For 80 kinds of things, of which people are kept.
     "yolox-l": DetectorModel(
         files=(
             _hub_file(
@@ -224,9 +218,9 @@ DETECTORS: Final[Mapping[str, DetectorModel]] = {
                 _DWPOSE_COMMIT,
             ),
         ),
-        about="YOLOX-l for 80 kinds of things, of which people are kept",
         score_threshold=0.3,  # as in the exports with NMS; rtmlib's 0.7 for the others misses many
     ),
+    # Which Wan2.2-Animate was released with.
     "yolov10m": DetectorModel(
         files=(
             _hub_file(
@@ -236,26 +230,13 @@ DETECTORS: Final[Mapping[str, DetectorModel]] = {
                 "89b526498a6d55f869a6ab52e3a2eb20ad45b3711c1f7de3dd9ca0b399dfd6d7",
             ),
         ),
-        about="YOLOv10-m, which Wan2.2-Animate was released with",
         channels="rgb",
     ),
     TOY: DetectorModel(
         files=(),
-        about="for the figures of the demo only; embedded, works offline",
         score_threshold=0.5,
     ),
 }
-
-
-def describe_models(models: Mapping[str, PoseModel | DetectorModel]) -> str:
-    """The known names for a help text, one a line, with what each is and how large."""
-    width = max(map(len, models))
-    lines = []
-    for name, model in models.items():
-        num_mb = sum(file.num_mb for file in model.files)
-        size = f", {num_mb} MB" if num_mb else ""
-        lines.append(f"{name:{width}}  {model.about}{size}")
-    return "\n".join(lines)
 
 
 def is_local(model: str, known: Mapping[str, object]) -> bool:

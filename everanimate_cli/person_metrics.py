@@ -27,7 +27,6 @@ from everanimate_cli.frame_metrics import Outcome, Series, Track, Unavailable
 from everanimate_cli.images import fit_points
 from everanimate_cli.records import parse_size
 from everanimate_cli.retarget import RetargetPlan
-from everanimate_cli.skeleton import letterbox_keypoints
 from everanimate_cli.tracking import choose_box
 from everanimate_cli.video import Timeline, as_rate
 
@@ -36,7 +35,8 @@ if TYPE_CHECKING:
     from fractions import Fraction
     from pathlib import Path
 
-    from everanimate_cli.frame_metrics import Frame, Moment
+    from everanimate_cli.frame_metrics import Moment
+    from everanimate_cli.metrics import Frame
     from everanimate_cli.settings import Fit
 
 Points = NDArray[np.float64]
@@ -289,15 +289,12 @@ def _placement(
         KeyError: Likewise.
     """
     canvas, source = _size(record["size"]), _size(record["source_size"])
-    options = record["settings"]
-    drawn_fit, mode = options["fit"], options["draw_mode"]
+    drawn_fit = record["settings"]["fit"]
     plan = RetargetPlan.from_json(_plan_of(record)) if "retarget" in record else None
 
     def place(keypoints: Points) -> Points:
         if plan is not None:
             drawn = fit_points(plan.apply(keypoints), plan.canvas, canvas, drawn_fit)
-        elif mode == "native" and drawn_fit == "contain":
-            drawn = letterbox_keypoints(keypoints, source, canvas)
         else:
             drawn = fit_points(keypoints, source, canvas, drawn_fit)
         return fit_points(drawn, canvas, size, fit)

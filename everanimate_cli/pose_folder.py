@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from everanimate_cli import skeleton
+from everanimate_cli.atomic_files import atomic_path, publish
 from everanimate_cli.encode import VideoWriter
 from everanimate_cli.errors import MediaError, RunError
-from everanimate_cli.images import atomic_path, fit_frame, fit_points
+from everanimate_cli.images import fit_frame, fit_points
 from everanimate_cli.joining import join_videos
 from everanimate_cli.preflight import POSE_FOLDER_FILES
-from everanimate_cli.workspace import publish
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

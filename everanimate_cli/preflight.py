@@ -35,6 +35,7 @@ from everanimate_cli.settings import (
     DemoSettings,
     ExtractSettings,
     run_folder,
+    with_name,
 )
 from everanimate_cli.speed_settings import check_installed
 from everanimate_cli.train_settings import TrainSettings
@@ -91,15 +92,15 @@ def check_animate(settings: AnimateSettings) -> None:
             inputs += [settings.driving / name for name in DRIVING_FILES]
     else:
         inputs.append(settings.driving)
-        given = settings.default_output if settings.output is None else settings.output
-        folder = settings.pose_folder or default_pose_folder(given, settings.driving)
-        _check_pose_folder("--pose-folder", folder)
         check_models(settings.pose_model or DEFAULT_POSE_MODEL, settings.detector)
     output = settings.default_output if settings.output is None else settings.output
     # What an earlier run of the same result has made may be replaced: it is that run's own.
     continues = settings.resume and RunFolder(run_folder(output)).holds_run()
     may_replace = settings.overwrite or continues
     _check_output(output, may_replace=may_replace)
+    if settings.driving is not None and not settings.driving.is_dir():
+        folder = settings.pose_folder or default_pose_folder(output, settings.driving)
+        _check_pose_folder("--pose-folder", folder)
     if output.resolve() in {path.resolve() for path in inputs if path is not None}:
         raise InputError(f"--output {output} is also an input. Give another name.")
     if settings.png is not None:
@@ -247,7 +248,7 @@ def _check_train_output(output: Path, settings: TrainSettings) -> None:
 
 def default_pose_folder(output: Path, video: Path) -> Path:
     """Where `animate` keeps the poses of a raw video: beside the result."""
-    return output.parent / f"{video.resolve().stem}{POSE_SUFFIX}"
+    return output.parent / f"{with_name(video).stem}{POSE_SUFFIX}"
 
 
 def _check_pose_folder(label: str, output: Path) -> None:

@@ -19,9 +19,9 @@ from safetensors.torch import load, save
 from torch.nn.functional import pad
 
 from everanimate_cli import weights
+from everanimate_cli.atomic_files import atomic_path
 from everanimate_cli.checkpoint import checkpoint_hash, full_config
 from everanimate_cli.events import Note, OnEvent
-from everanimate_cli.images import atomic_path
 from everanimate_cli.pipeline import encode_text
 from everanimate_cli.transformer import NUM_TEXT_TOKENS
 

@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from types import NoneType
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin, get_type_hints
@@ -30,6 +30,11 @@ _POSITIONAL = {
 def option_name(name: str) -> str:
     """How a field is written on the command line: `--frames-per-chunk`, or `REF`."""
     return _POSITIONAL.get(name) or "--" + name.replace("_", "-")
+
+
+def counted(number: int, noun: str) -> str:
+    """Such as "1 chunk" or "20 chunks"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def parse_time(text: str) -> float:
@@ -247,6 +252,23 @@ class Options(Record):
     def label(name: str) -> str:
         """How a field is written on the command line."""
         return option_name(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandResult:
+    """What a command made, or with `dry_run` what it would make.
+
+    Attributes:
+        output: The file or folder.
+        facts: JSON values about it: sizes, counts, timings, figures.
+    """
+
+    output: Path
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as one flat JSON object."""
+        return {"output": str(self.output), **self.facts}
 
 
 def read_saved_options(path: Path, command: type[Options]) -> dict[str, object]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING, Any, Final
 
-from everanimate_cli.images import atomic_path
+from everanimate_cli.atomic_files import atomic_path
 from everanimate_cli.report_curves import palette_css, png_plots
 from everanimate_cli.report_frames import read_picture
 from everanimate_cli.report_markup import Html, element, escaped, joined, start_tag, table

@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from everanimate_cli.atomic_files import atomic_path
 from everanimate_cli.errors import RunError
-from everanimate_cli.images import atomic_path
 from everanimate_cli.rollout import Chunk, RolloutState
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from everanimate_cli.errors import InputError
 from everanimate_cli.skeleton import (
     FACE_ROWS,
+    FARTHEST_PX,
     HAND_ROWS,
     NUM_KEYPOINTS,
     FloatArray,
@@ -97,7 +98,6 @@ _CLASS_SCORE: Final = 0.4
 _HAND_SCORE: Final = 0.4
 _SHORTEST_PX: Final = 1.0  # below it a bone has neither length nor direction
 _LONGEST_FOOT: Final = 0.5  # of the shin
-_FARTHEST_PX: Final = 2.0**20  # as in `skeleton`
 
 # A person's left and right bones are equally long; a guess that is off by more is a bad guess.
 _SIDES_AGREE: Final = 1.1
@@ -400,7 +400,7 @@ def _with_nan_where_missing(keypoints: FloatArray) -> NDArray[np.float64]:
     rows = np.array(keypoints, np.float64)
     present = (
         np.isfinite(rows).all(axis=1)
-        & (np.abs(rows[:, :2]) <= _FARTHEST_PX).all(axis=1)
+        & (np.abs(rows[:, :2]) <= FARTHEST_PX).all(axis=1)
         & (rows[:, 2] > 0)
     )
     rows[~present] = np.nan

@@ -17,15 +17,16 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor
 
 from everanimate_cli import checkpoint, estimates, hub, metrics, weights
-from everanimate_cli.analyze import AnalysisResult, write_record, write_table
+from everanimate_cli.analyze import write_record, write_table
 from everanimate_cli.analyze_settings import ROUNDTRIP_FILES
 from everanimate_cli.errors import MediaError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted
-from everanimate_cli.figures import dress, new_figure, save_figure, whole_ticks
+from everanimate_cli.figures import dress, hide_frames, new_figure, save_figure, whole_ticks
 from everanimate_cli.hashes import hash_file
 from everanimate_cli.images import fit_frame, fit_size
 from everanimate_cli.memory import from_uint8, to_uint8
 from everanimate_cli.preflight import unfit_size
+from everanimate_cli.records import CommandResult
 from everanimate_cli.settings import TEMPORAL_STRIDE
 from everanimate_cli.video import VideoReader
 
@@ -277,7 +278,7 @@ def sheet_trips(num_trips: int) -> list[int]:
 # --- the work ------------------------------------------------------------------------------------
 
 
-def analyze_roundtrip(settings: RoundtripSettings, on_event: OnEvent) -> AnalysisResult:
+def analyze_roundtrip(settings: RoundtripSettings, on_event: OnEvent) -> CommandResult:
     """Send a video or picture, and flat colours, through the VAE again and again.
 
     Args:
@@ -325,7 +326,7 @@ def analyze_roundtrip(settings: RoundtripSettings, on_event: OnEvent) -> Analysi
             "device": str(device),
         }
         if settings.dry_run:
-            return AnalysisResult(output=output, facts=facts)
+            return CommandResult(output=output, facts=facts)
         vae = weights.load_vae(source, device)
 
         def trip(pixels: Tensor) -> Tensor:
@@ -352,7 +353,7 @@ def analyze_roundtrip(settings: RoundtripSettings, on_event: OnEvent) -> Analysi
     write_record(record_path, settings, record, results)
     for number in sheet_trips(settings.trips):
         on_event(Note(text=_trip_line(number, comparisons[number - 1])))
-    return AnalysisResult(output=output, facts=facts)
+    return CommandResult(output=output, facts=facts)
 
 
 def _size_multiple(source: ModelSource) -> int:
@@ -566,9 +567,7 @@ def draw_sheet(path: Path, journeys: Sequence[Journey], title: str) -> None:
             _draw_flats(grid[-1][column], [flat.stills[number][0] for flat in flats])
     if flats:
         _name_row(grid[-1][0], "flat colours")
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
+    hide_frames(grid)
     save_figure(path, figure)
 
 

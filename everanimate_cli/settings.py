@@ -25,6 +25,7 @@ from everanimate_cli.records import (
     LoraSpec,
     Options,
     Record,
+    counted,
     decode_time,
     parse_size,
     read_json_object,
@@ -54,6 +55,7 @@ TEMPORAL_STRIDE = 4  # pixel frames per latent frame after the first (method pag
 CARRY_FRAMES = (1, 5)  # pixel memory only (method page section 3); the first is the default
 CANVAS_MULTIPLE = 16  # sides of a pose video: VAE stride 8 times patch size 2
 DEFAULT_POSE_MODEL = "rtmw"
+MAX_SIDE_PX = 16384  # of the pictures that x264 takes
 MAX_CRF = 51  # the coarsest quality of x264 and x265
 
 # Options of which only one makes sense: one on the command line makes void what a file says.
@@ -70,6 +72,40 @@ _DISPLACES = {
 def run_folder(output: Path) -> Path:
     """Where the finished chunks of a result wait until it is whole: `NAME.mp4.run` beside it."""
     return output.with_name(output.name + ".run")
+
+
+def with_name(path: Path) -> Path:
+    """A path that ends in a name: "." and ".." have none until they are resolved.
+
+    Others stay, since a link may lead to a file whose name says nothing.
+    """
+    return path if path.name not in ("", "..") else path.resolve()
+
+
+def check_stretch(start: float, end: float | None) -> None:
+    """Refuse `--end` before `--start`; None passes.
+
+    Raises:
+        SettingsError: With both.
+    """
+    if end is not None and end <= start:
+        raise SettingsError(f"--end {end} is not after --start {start}.")
+
+
+def check_size(size: str) -> None:
+    """Refuse what `parse_size` cannot read, and what no video can be.
+
+    Raises:
+        SettingsError: With the notation, or with the largest side.
+    """
+    try:
+        sides = parse_size(size)
+    except ValueError as error:
+        raise SettingsError(
+            f"--size {size} is not a size. Write WIDTHxHEIGHT (832x480) or auto."
+        ) from error
+    if sides is not None and max(sides) > MAX_SIDE_PX:
+        raise SettingsError(f"--size {size} is too large. Sides have {MAX_SIDE_PX} pixels at most.")
 
 
 def check_frames_per_chunk(record: Record, frames_per_chunk: int | None) -> None:
@@ -405,8 +441,7 @@ class AnimateSettings(Options):
         given = [f"--{name} {getattr(self, name)}" for name in names if getattr(self, name)]
         if len(given) > 1:
             raise SettingsError(f"{' and '.join(given)} exclude each other. Give one of them.")
-        if self.end is not None and self.end <= self.start:
-            raise SettingsError(f"--end {self.end} is not after --start {self.start}.")
+        check_stretch(self.start, self.end)
 
     def _check_memory(self) -> None:
         if self.memory == "pixel":
@@ -420,8 +455,9 @@ class AnimateSettings(Options):
         _check_latent_overlap(self, self.overlap)
         slots = self.identity_slots
         if slots is not None and len(self.view) >= slots:
+            given = counted(len(self.view), "time")
             raise SettingsError(
-                f"--view is given {len(self.view)} times, but --identity-slots {slots} has room "
+                f"--view is given {given}, but --identity-slots {slots} has room "
                 f"for {slots - 1}: the last slot holds the reference."
             )
 
@@ -450,21 +486,18 @@ class AnimateSettings(Options):
 
     def _check_output(self) -> None:
         if self.size is not None:
-            try:
-                parse_size(self.size)
-            except ValueError as error:
-                raise SettingsError(
-                    f"--size {self.size} is not a size. Write WIDTHxHEIGHT (832x480) or auto."
-                ) from error
+            check_size(self.size)
         if self.output is not None and self.output.suffix.lower() != ".mp4":
-            raise SettingsError(f"--output {self.output} does not end in .mp4.")
+            raise SettingsError(
+                f"--output {self.output} does not end in .mp4. Give a name that does."
+            )
 
     @property
     def default_output(self) -> Path:
         """`<driving>_<ref>.mp4` in the current folder, from the names of the two inputs."""
         if self.driving is not None:
-            # Resolved, since "." has no name. A video and the folder made of it give one name.
-            path = self.driving.resolve()
+            # A video and the folder made of it give one name.
+            path = with_name(self.driving)
             motion = path.name.removesuffix(POSE_SUFFIX) if path.is_dir() else path.stem
         else:
             assert self.pose is not None  # checked on construction
@@ -619,14 +652,8 @@ class ExtractSettings(Options):
             SettingsError: Naming the option and the value.
         """
         super().__post_init__()
-        if self.end is not None and self.end <= self.start:
-            raise SettingsError(f"--end {self.end} is not after --start {self.start}.")
-        try:
-            parse_size(self.size)
-        except ValueError as error:
-            raise SettingsError(
-                f"--size {self.size} is not a size. Write WIDTHxHEIGHT (832x480) or auto."
-            ) from error
+        check_stretch(self.start, self.end)
+        check_size(self.size)
         exclusive = (("person", "select"), ("reference", "retarget"))
         for first, second in exclusive:
             values = getattr(self, first), getattr(self, second)
@@ -647,7 +674,7 @@ class ExtractSettings(Options):
     @property
     def default_output(self) -> Path:
         """`<video>_pose` in the current folder."""
-        return Path(f"{self.video.resolve().stem}{POSE_SUFFIX}")
+        return Path(f"{with_name(self.video).stem}{POSE_SUFFIX}")
 
     @property
     def height_width(self) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ Every stroke follows the preprocessing released with Wan2.2-Animate, down to whe
 an integer: the network has seen exactly these pixels. rtmlib's own drawing has other colours, other
 widths and face points, and is no substitute.
 
-Source: pose page sections 3, 4, 5 and 7; golden file `pose_golden.json`.
+Source: pose page sections 3, 4 and 7; golden file `pose_golden.json`.
 """
 
 import math
@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from everanimate_cli.errors import SettingsError
+from everanimate_cli.images import contain_box
 
 FloatArray: TypeAlias = NDArray[np.floating]
 FrameU8: TypeAlias = NDArray[np.uint8]
@@ -31,8 +31,6 @@ NUM_KEYPOINTS: Final = 133
 FACE_ROWS: Final = slice(23, 91)
 HAND_ROWS: Final = (slice(91, 112), slice(112, 133))
 FACE_CROP_SIZE: Final = 512  # [px] side of the face video
-CANVAS_AREA: Final = 1280 * 720  # [px] released default
-CANVAS_MULTIPLE: Final = 16  # VAE stride 8 times patch size 2
 
 # A drawn joint is the mean of two keypoints; only the neck and the toes have two different ones.
 _JOINT_FIRST: Final = (0, 6, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3, 17, 20)
@@ -108,7 +106,7 @@ _HAND_EDGES: Final[tuple[tuple[int, int, Rgb], ...]] = (
 _HAND_DOT_RGB: Final[Rgb] = (0, 0, 255)
 
 # OpenCV takes 32-bit integers; what lies this far out is an estimator's failure anyway.
-_FARTHEST_PX: Final = 2.0**20
+FARTHEST_PX: Final = 2.0**20
 
 _SHARE_ABOVE_FACE: Final = 0.75  # of the added height: the landmarks end at the eyebrows
 _BILINEAR: Final = cv2.INTER_LINEAR
@@ -231,82 +229,6 @@ def crop_face(frame_u8: FrameU8, box: Box | None, size: int = FACE_CROP_SIZE) ->
     return _resized(frame_u8[y0:y1, x0:x1], size, size)
 
 
-def canvas_size(height: int, width: int, *, area: int = CANVAS_AREA) -> Size:
-    """Size of the output for a picture: at most `area` pixels in nearly the picture's proportions.
-
-    Both sides are floored to multiples of 16. Small pictures are enlarged, large ones reduced.
-
-    Args:
-        height: Height of the picture that defines the canvas [px].
-        width: Its width [px].
-        area: Largest number of pixels.
-
-    Returns:
-        (height, width), each a positive multiple of 16.
-
-    Raises:
-        SettingsError: If a side would be shorter than 16.
-
-    Source: pose page section 5; `canvas_size_cases`.
-    """
-    exact_height = math.sqrt(area / (width / height))
-    canvas_height = int(exact_height // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
-    canvas_width = int(area / exact_height // CANVAS_MULTIPLE) * CANVAS_MULTIPLE
-    if min(canvas_height, canvas_width) < CANVAS_MULTIPLE:
-        raise SettingsError(
-            f"a {width}x{height} picture on {area} pixels gives a {canvas_width}x{canvas_height} "
-            f"canvas, and each side needs at least {CANVAS_MULTIPLE}. "
-            f"Give a size, or a picture that is less narrow."
-        )
-    return canvas_height, canvas_width
-
-
-def letterbox_box(source: Size, canvas: Size) -> Box:
-    """Where a frame lies on a canvas after it is fitted inside, centred, proportions kept.
-
-    Args:
-        source: (height, width) of the frame [px].
-        canvas: (height, width) of the canvas [px].
-
-    Returns:
-        (x0, y0, x1, y1) on the canvas; a side never shrinks to nothing.
-
-    Source: pose page section 4.1; `letterbox_cases`, `canvas_size_cases`.
-    """
-    source_height, source_width = source
-    canvas_height, canvas_width = canvas
-    # Quotient first, then the product: another order can floor to another pixel than the original.
-    if source_height / source_width > canvas_height / canvas_width:
-        content_height = canvas_height
-        content_width = max(int(canvas_height / source_height * source_width), 1)
-    else:
-        content_width = canvas_width
-        content_height = max(int(canvas_width / source_width * source_height), 1)
-    x0, y0 = (canvas_width - content_width) // 2, (canvas_height - content_height) // 2
-    return x0, y0, x0 + content_width, y0 + content_height
-
-
-def letterbox_keypoints(keypoints: FloatArray, source: Size, canvas: Size) -> NDArray[np.float64]:
-    """Keypoints of a frame, moved to where `letterbox_frame` puts the frame's pixels.
-
-    Strokes drawn from moved keypoints have the canvas's own width and sharp edges.
-
-    Args:
-        keypoints: [..., 3] (x_px, y_px, score) in frame pixels.
-        source: (height, width) of the frame [px].
-        canvas: (height, width) of the canvas [px].
-
-    Returns:
-        [..., 3] float64, (x_px, y_px) in canvas pixels, scores unchanged.
-
-    Source: pose page section 4.1.
-    """
-    x0, y0, x1, y1 = letterbox_box(source, canvas)
-    # The floored content has its own scale in each direction; a common one would drift by a pixel.
-    scale = ((x1 - x0) / source[1], (y1 - y0) / source[0], 1.0)
-    return np.asarray(keypoints, np.float64) * scale + (float(x0), float(y0), 0.0)
-
-
 def letterbox_frame(frame_u8: FrameU8, canvas: Size) -> FrameU8:
     """A frame fitted inside a canvas with black margins: the released order, draw first, then fit.
 
@@ -319,9 +241,9 @@ def letterbox_frame(frame_u8: FrameU8, canvas: Size) -> FrameU8:
 
     Source: pose page section 4.1; `letterbox_cases`.
     """
-    x0, y0, x1, y1 = letterbox_box((frame_u8.shape[0], frame_u8.shape[1]), canvas)
+    top, left, height, width = contain_box(frame_u8.shape[0], frame_u8.shape[1], *canvas)
     letterboxed: FrameU8 = np.zeros((*canvas, 3), np.uint8)
-    letterboxed[y0:y1, x0:x1] = _resized(frame_u8, y1 - y0, x1 - x0)
+    letterboxed[top : top + height, left : left + width] = _resized(frame_u8, height, width)
     return letterboxed
 
 
@@ -330,7 +252,7 @@ def _checked(keypoints: FloatArray) -> NDArray[np.float64]:
     if keypoints.shape != (NUM_KEYPOINTS, 3):
         raise ValueError(f"keypoints must be [{NUM_KEYPOINTS}, 3], got {list(keypoints.shape)}")
     rows = np.array(keypoints, np.float64)
-    drawable = np.isfinite(rows).all(axis=1) & (np.abs(rows[:, :2]) <= _FARTHEST_PX).all(axis=1)
+    drawable = np.isfinite(rows).all(axis=1) & (np.abs(rows[:, :2]) <= FARTHEST_PX).all(axis=1)
     rows[~drawable] = np.nan
     return rows
 

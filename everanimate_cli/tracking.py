@@ -15,20 +15,19 @@ Source: pose page sections 2, 11.8, 12 and 13.
 import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any, Final, Literal, TypeAlias
+from typing import Any, Final, TypeAlias
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from everanimate_cli.errors import SettingsError
+from everanimate_cli.settings import Reacquire, Select
 
 Floats: TypeAlias = NDArray[np.float64]
 Looks: TypeAlias = NDArray[np.float32]
 FrameU8: TypeAlias = NDArray[np.uint8]
 State: TypeAlias = dict[str, Any]
-Select = Literal["size", "centre", "left", "right"]
-Reacquire = Literal["same", "any"]
 
 # Person choice, as released.
 MIN_DETECTION_SCORE: Final = 0.05
@@ -213,11 +212,6 @@ class Track:
     def mean_box(self) -> Floats:
         """[4] mean over all sights."""
         return np.asarray(self.totals[:4] / max(self.totals[6], 1))
-
-    @property
-    def mean_area(self) -> float:
-        """Mean area of the boxes [px^2]."""
-        return float(self.totals[4] / max(self.totals[6], 1))
 
     def predict(self, time_s: float) -> Floats:
         """[4] where the box should be by now; the last movement fades out within a second."""
@@ -675,18 +669,11 @@ class Tracker:
             return None
         return self._followed.predict(self._time_s)
 
-    def update_pose(
-        self, keypoints: Floats, *, box: Floats | None = None, time_s: float | None = None
-    ) -> bool:
-        """Judge a pose and follow it.
-
-        Poses of several frames may come together, if each with the box and time of its frame; one
-        that is older than the last look of the detector is judged only.
+    def update_pose(self, keypoints: Floats) -> bool:
+        """Judge a pose in the current frame and follow it.
 
         Args:
             keypoints: [133, 3] (x_px, y_px, score); rows that are not finite count as score 0.
-            box: What `box_for_pose` gave for the frame; the current frame's if None.
-            time_s: Time of the frame; the current frame's if None.
 
         Returns:
             Whether it is the followed person's: False for low scores, a jump, or a pose that
@@ -695,8 +682,7 @@ class Tracker:
         Raises:
             ValueError: If there is no box to judge by, because the person is lost.
         """
-        box = self.box_for_pose() if box is None else np.asarray(box, np.float64)
-        time_s = self._time_s if time_s is None else float(time_s)
+        box = self.box_for_pose()
         if box is None:
             raise ValueError("no pose can belong to a person who is lost")
         rows = np.where(np.isfinite(keypoints).all(axis=1, keepdims=True), keypoints, 0.0)
@@ -710,20 +696,18 @@ class Tracker:
         extent = _scaled(
             np.concatenate([confident.min(axis=0), confident.max(axis=0)]), _POSE_BOX_SCALE
         )
-        if not self._fits(extent, confident, box, time_s) or self._jumps(points, box, time_s):
+        if not self._fits(extent, confident, box) or self._jumps(points, box):
             return self._refuse()
         self._num_weak = 0
-        self._points, self._points_s = points[_MOVING_ROWS], time_s
-        track = self._followed
-        if self.lost or not track.placed or time_s < track.time_s:
-            return True
+        self._points, self._points_s = points[_MOVING_ROWS], self._time_s
         if not self._sighted:
+            track = self._followed
             moved = box + _POSE_BOX_WEIGHT * (extent - box)
             entered = np.array(_touched_edges(moved, self.tracks.height, self.tracks.width))
             entered &= ~np.array(_touched_edges(track.box, self.tracks.height, self.tracks.width))
             changed = float(_ious(extent[None], box[None])[0, 0]) < _SAME_PLACE
             self._doubtful |= changed or bool(entered.any())
-            track.observe(moved, time_s)
+            track.observe(moved, self._time_s)
         return True
 
     def state(self) -> State:
@@ -829,7 +813,7 @@ class Tracker:
         self._doubtful = True
         return False
 
-    def _fits(self, extent: Floats, confident: Floats, box: Floats, time_s: float) -> bool:
+    def _fits(self, extent: Floats, confident: Floats, box: Floats) -> bool:
         """Whether a pose lies in its box, and not better in the box of somebody else."""
         x0, y0, x1, y1 = _scaled(box, _OUTSIDE_SCALE)
         x, y = confident.T
@@ -839,14 +823,14 @@ class Tracker:
         others = [
             track.box
             for track in self.tracks.tracks
-            if track.track_id != self.followed_id and track.placed and track.time_s == time_s
+            if track.track_id != self.followed_id and track.placed and track.time_s == self._time_s
         ]
         own = _ious(extent[None], box[None])[0, 0]
         return not others or bool(_ious(extent[None], np.array(others)).max() <= own + _MARGIN)
 
-    def _jumps(self, points: Floats, box: Floats, time_s: float) -> bool:
+    def _jumps(self, points: Floats, box: Floats) -> bool:
         """Whether the body moved farther than a body does since the last accepted pose."""
-        elapsed_s = time_s - self._points_s
+        elapsed_s = self._time_s - self._points_s
         confirmed = self._sighted and not self._is_crossing()  # the detector says so as well
         if confirmed or not len(self._points) or elapsed_s > UNCONFIRMED_S:
             return False

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -25,10 +25,10 @@ import torch
 
 from everanimate_cli import checkpoint, estimates, hub, weights
 from everanimate_cli.adapter_state import AdapterState, ZeroAdapterState
+from everanimate_cli.atomic_files import write_json
 from everanimate_cli.errors import RunError, SettingsError
 from everanimate_cli.events import Note, OnEvent, PhaseAdvanced, PhaseStarted, TrainStep
 from everanimate_cli.hashes import hash_file
-from everanimate_cli.images import atomic_path
 from everanimate_cli.lora_adapter import (
     attach_lora,
     gather,
@@ -47,7 +47,7 @@ from everanimate_cli.pipeline import AnimatePipeline, peak_memory_mib
 from everanimate_cli.placement import Sizes, read_sizes
 from everanimate_cli.placement_settings import PRECISION_PACKAGES, Placement
 from everanimate_cli.preflight import check_init_rank, output_exists, unfit_size
-from everanimate_cli.records import LoraSpec
+from everanimate_cli.records import CommandResult, LoraSpec
 from everanimate_cli.runs import TrainFolder
 from everanimate_cli.schedule import model_timestep, training_schedule
 from everanimate_cli.train_settings import ResolvedTrainSettings, TrainSettings, resolve_training
@@ -97,24 +97,7 @@ _OF_CONTEXT = re.compile(r"\.attn2\.(to_k|to_v|add_k_proj|add_v_proj)\.")
 _LOSS_SHARE = 0.1  # of the steps, over which the last loss is told
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a training made, or with `dry_run` what it would do.
-
-    Attributes:
-        output: The LoRA file.
-        facts: JSON values.
-    """
-
-    output: Path
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> dict[str, Any]:
-        """All of it as one flat JSON object."""
-        return {"output": str(self.output), **self.facts}
-
-
-def train_lora(settings: TrainSettings, on_event: OnEvent) -> TrainResult | None:
+def train_lora(settings: TrainSettings, on_event: OnEvent) -> CommandResult | None:
     """Train a LoRA as the settings say, or go on where an earlier run stopped.
 
     Args:
@@ -144,7 +127,7 @@ def train_lora(settings: TrainSettings, on_event: OnEvent) -> TrainResult | None
 
 def _train(
     settings: TrainSettings, processes: Processes, dtype: torch.dtype, on_event: OnEvent
-) -> TrainResult | None:
+) -> CommandResult | None:
     """As `train_lora`, in one of the processes."""
     is_main, accelerator = processes.is_main, processes.accelerator
     with ExitStack() as stack:
@@ -168,7 +151,7 @@ def _train(
         folder = TrainFolder(resolved.output)
         if resolved.dry_run:
             facts |= _estimate_memory_mib(work, dtype)
-            return TrainResult(output=folder.lora_path, facts=facts) if is_main else None
+            return CommandResult(output=folder.lora_path, facts=facts) if is_main else None
         request = _request(work, facts["samples_per_step"], dtype)
         with processes.stopping_together():
             if is_main:
@@ -180,7 +163,7 @@ def _train(
             # Before the clean-up, so that a full-size network need not be gathered twice.
             record = {"settings": settings.to_json(), "effective": resolved.to_json()}
             facts |= training.finish(record | {"request": request}, facts)
-    return TrainResult(output=folder.lora_path, facts=facts) if is_main else None
+    return CommandResult(output=folder.lora_path, facts=facts) if is_main else None
 
 
 def _ignore(_event: object) -> None:
@@ -319,7 +302,6 @@ def _open_folder(
     with open_work(
         folder,
         request,
-        label="--output",
         resume=settings.resume,
         overwrite=settings.overwrite,
     ):
@@ -776,9 +758,7 @@ class _Training:
         validations = [row["validation"] for row in rows if "validation" in row]
         if validations:
             found["validation"] = validations[-1]
-        with atomic_path(folder.record_path) as temporary:
-            text = json.dumps(record | {"result": facts | found}, ensure_ascii=False, indent=1)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        write_json(folder.record_path, record | {"result": facts | found})
         save_lora(
             folder.lora_path,
             adapters,

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from everanimate_cli.atomic_files import atomic_path
 from everanimate_cli.errors import RunError
-from everanimate_cli.images import atomic_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

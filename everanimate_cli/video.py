@@ -32,7 +32,6 @@ from av.video.stream import VideoStream
 from everanimate_cli.containers import (
     DamagedError,
     TornError,
-    audio_stream,
     intact_packets,
     open_container,
     video_stream,
@@ -57,6 +56,9 @@ _NUM_FRAMES_WORTH_A_SEEK = 16
 # Key frames to try, backwards, before decoding from the start.
 _NUM_SEEKS = 4
 
+# Frames that are nearer than this by no more are equally near [s].
+_TIE_S = 4e-10
+
 # A file has a constant rate if no frame is this far from its place [frames].
 _HALF_A_FRAME = 0.5
 
@@ -71,10 +73,7 @@ class VideoInfo:
         rate: Average frames per second; exact if the rate is constant.
         num_frames: Frames that can be shown.
         duration_s: From the first frame to the end of the last one [s].
-        start_s: Time stamp of the first frame in the file [s].
         rotation: Degrees counter-clockwise by which the stored picture is turned: 0, 90, 180, 270.
-        has_audio: Whether the file has sound in a known format.
-        codec: FFmpeg's name of the video format, such as "h264".
     """
 
     height: int
@@ -82,10 +81,7 @@ class VideoInfo:
     rate: Fraction
     num_frames: int
     duration_s: float
-    start_s: float
     rotation: int
-    has_audio: bool
-    codec: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,15 +128,22 @@ class Timeline:
             start_s: Time of its first frame after the file's first frame [s].
 
         Returns:
-            [num_frames] positions in `times`; of two frames equally near, the even position.
+            [num_frames] positions in `times`; of two frames equally near, the even position if the
+            result begins with the file, else the later one.
 
-        Source: pose page section 6, by time stamps; golden file `frame_sampling.json`.
+        Source: pose page section 6, by time stamps; `frame_sampling_cases` of `pose_golden.json`.
+        Differs from it where the start lies half-way between two frames: at the file's own rate
+        every frame is a tie then, and even positions would show every other frame twice.
         """
         # The floating-point steps of the released code in their order, so that ties fall alike.
         wanted = np.arange(num_frames) / float(rate) * float(1 / self.time_base)
-        wanted += float(Fraction(start_s) / self.time_base)
         since_first = self.times - self.times[0]
         middles = (since_first[:-1] + since_first[1:]) / 2  # [N - 1]
+        if start_s:
+            wanted += float(Fraction(start_s) / self.time_base)
+            # Rounding must not let ties fall to either side.
+            wanted += _TIE_S / self.time_base
+            return np.searchsorted(middles, wanted, side="right").astype(np.int64)
         lower = np.searchsorted(middles, wanted, side="left")
         upper = np.searchsorted(middles, wanted, side="right")
         return np.where(lower % 2 == 0, lower, upper).astype(np.int64)
@@ -162,24 +165,6 @@ def as_rate(rate: Fraction | float) -> Fraction:
     if not _MIN_RATE <= rate <= _MAX_RATE:
         raise SettingsError(f"frame rate {float(rate):g} is out of range. Use 0.001 to 1000.")
     return Fraction(rate).limit_denominator(_MAX_RATE_DENOMINATOR)
-
-
-def probe_video(path: Path) -> VideoInfo:
-    """Size, rate, length and further facts of a video, from its time stamps and its first frame.
-
-    Args:
-        path: Video file; a picture counts as a video of one frame.
-
-    Returns:
-        The facts, as played.
-
-    Raises:
-        MediaError: If the file is missing, empty, damaged or has no video stream.
-    """
-    examined = _examine(path)
-    if examined.damaged_s is not None:
-        raise DamagedError(path, examined.damaged_s)
-    return examined.info
 
 
 def first_frame_s(path: Path) -> Fraction:
@@ -375,8 +360,6 @@ def _examine(path: Path) -> _Examined:
         time_base = stream.time_base or Fraction(1, 1000)
         stated_rates = [rate for rate in (stream.average_rate, stream.guessed_rate) if rate]
         sample_aspect = stream.sample_aspect_ratio or Fraction(1)
-        codec = stream.codec_context.codec.canonical_name
-        has_audio = audio_stream(container) is not None
     first = _first_frame(path)
     by_order = first.pts is None or not packets.complete
     if first.pts is None or by_order:
@@ -411,10 +394,7 @@ def _examine(path: Path) -> _Examined:
             rate=rate,
             num_frames=len(times),
             duration_s=float(timeline.duration_s),
-            start_s=float(start * time_base),
             rotation=rotation,
-            has_audio=has_audio,
-            codec=codec,
         ),
         timeline=timeline,
         keys=np.arange(len(times)) if by_order else times,

@@ -6,12 +6,11 @@ What lies in such a folder is described in `runs`.
 from __future__ import annotations
 
 import json
-import os
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, TypeVar
 
+from everanimate_cli.atomic_files import write_json
 from everanimate_cli.errors import EverAnimateError, InputError, RunError, SettingsError
-from everanimate_cli.images import atomic_path
 from everanimate_cli.preflight import output_exists
 from everanimate_cli.records import option_name
 from everanimate_cli.runs import WorkFolder
@@ -26,7 +25,7 @@ _Work = TypeVar("_Work", bound=WorkFolder)
 
 @contextmanager
 def open_work(
-    work: _Work, request: Mapping[str, object], *, label: str, resume: bool, overwrite: bool
+    work: _Work, request: Mapping[str, object], *, resume: bool, overwrite: bool
 ) -> Iterator[_Work]:
     """Hold the folder of a piece of work; only one process can.
 
@@ -34,7 +33,6 @@ def open_work(
         work: The folder, which need not exist.
         request: All that shapes the result, JSON values; a folder made for another request is
             refused.
-        label: How an error calls the option that names the result.
         resume: Continue what is there; False removes it first.
         overwrite: Whether a result that no such folder belongs to may be replaced.
 
@@ -50,23 +48,21 @@ def open_work(
     with work.hold() as is_ours:
         if not is_ours:
             raise InputError(
-                f"{label} {work.output} is being made by another process. "
-                f"Wait for it, or give another {label}."
+                f"--output {work.output} is being made by another process. "
+                "Wait for it, or give another --output."
             )
         if not resume:
             work.clear()
         is_new = not work.request_path.exists()
         if not is_new:
-            _compare(f"{label} {work.output}", _read_request(work), request, label)
+            _compare(work.output, _read_request(work), request)
             work.clear_temporaries()
         else:
             work.clear()
             if work.has_result() and not overwrite:
                 work.remove()
-                raise output_exists(work.output, label)
-            with atomic_path(work.request_path) as temporary:
-                text = json.dumps(request, ensure_ascii=False, indent=1)
-                temporary.write_text(text, encoding="utf-8")
+                raise output_exists(work.output)
+            write_json(work.request_path, request)
         try:
             yield work
         except EverAnimateError as error:
@@ -74,17 +70,6 @@ def open_work(
             if is_new and error.exit_code != RunError.exit_code and not work.count_finished():
                 work.remove()
             raise
-
-
-def publish(made: Path, target: Path) -> None:
-    """Move a finished file to its place, durably; both are in one file system."""
-    made.replace(target)
-    if os.name == "posix":
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _read_request(work: WorkFolder) -> dict[str, object]:
@@ -96,15 +81,13 @@ def _read_request(work: WorkFolder) -> dict[str, object]:
         raise RunError(f"{path} is damaged ({error}). Start again with --no-resume.") from error
 
 
-def _compare(
-    result: str, before: Mapping[str, object], now: Mapping[str, object], label: str
-) -> None:
+def _compare(output: Path, before: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Refuse to continue what was begun differently."""
     differences = list_differences(before, now)
     if differences:
         raise SettingsError(
-            f"{result} has a run folder of another request: {'; '.join(differences)}. "
-            f"Give the same options to continue it, another {label}, or --no-resume to start again."
+            f"--output {output} has a run folder of another request: {'; '.join(differences)}. "
+            "Give the same options to continue it, another --output, or --no-resume to start again."
         )
 
 

@@ -13,11 +13,9 @@ FPS = 12.5
 Station = tuple[float, float, float, float]
 
 
-def write_dance_video(
-    path: Path, *, num_frames: int, height: int = 256, width: int = 256, turn_after_s: float = 9.0
-) -> Path:
+def write_dance_video(path: Path, *, num_frames: int, height: int = 256, width: int = 256) -> Path:
     """Person 1000001 dancing dance 1000000, as the demo does."""
-    dance = Dance(1_000_000, turn_after_s=turn_after_s)
+    dance = Dance(1_000_000, turn_after_s=9.0)
     scene = ToyScene(1_000_001, dance, height=height, width=width)
     with VideoWriter(path, height=height, width=width, rate=FPS, crf=12) as writer:
         for frame in scene.frames(num_frames, rate_fps=FPS):

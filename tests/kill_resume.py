@@ -173,13 +173,13 @@ def _remove_new(folder: Path, inputs: set[Path]) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def _parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--model", help="default: a tiny checkpoint with random weights")
     parser.add_argument("--seconds", type=float, default=4.0, help="length of the video")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def _shoot(given: argparse.Namespace, folder: Path) -> Report:

@@ -68,12 +68,12 @@ def corners(frame: Frames) -> list[str]:
     return [names.get(bit, "other") for bit in bits]
 
 
-def tone_bursts(duration_s: float, sample_rate: int, channels: int = 2) -> Samples:
-    """Silence [channels, n] with a short tone half a second into each second."""
+def tone_bursts(duration_s: float, sample_rate: int) -> Samples:
+    """Silence [2, n] with a short tone half a second into each second."""
     t = np.arange(round(duration_s * sample_rate)) / sample_rate
     since = (t - BURST_AT_S) % BURST_PERIOD_S
     tone = np.where(since < BURST_LENGTH_S, 0.8 * np.sin(2 * np.pi * 1000 * t), 0.0)
-    return np.repeat(tone[None].astype(np.float32), channels, axis=0)
+    return np.repeat(tone[None].astype(np.float32), 2, axis=0)
 
 
 def write_media(  # noqa: PLR0913 - the one function that knows how to make odd files

@@ -103,11 +103,11 @@ _VAE_LAYERS = {"norm1": "residual.0", "conv1": "residual.2", "norm2": "residual.
 }
 
 
-def build_original_networks(seed: int = 0) -> dict[str, Any]:
-    """Networks that the original layout can hold; a seed always gives the same weights."""
-    networks = build_networks(seed)
+def build_original_networks() -> dict[str, Any]:
+    """Networks that the original layout can hold, always with the same weights."""
+    networks = build_networks()
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(0)
         networks["transformer"] = EverAnimateTransformer3DModel(**ORIGINAL_CONFIG)
         networks["vae"] = AutoencoderKLWan(base_dim=4)
         networks["image_encoder"] = CLIPVisionModel(

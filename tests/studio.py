@@ -31,6 +31,7 @@ class Outcome:
     err: str
 
 
+Program = Callable[..., Outcome]
 Animate = Callable[..., Outcome]
 
 

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import (
     AutoencoderKLWan,
@@ -16,6 +17,7 @@ from diffusers import (
     WanAnimateTransformer3DModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import Tensor
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -25,7 +27,9 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from everanimate_cli.memory import chunk_noise
 from everanimate_cli.pipeline import AnimatePipeline
+from everanimate_cli.rollout import Rollout
 from everanimate_cli.settings import MODEL_DEFAULTS_FILE, ModelDefaults
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
 
@@ -162,6 +166,59 @@ def build_tiny_pipeline(seed: int = 0, dtype: torch.dtype = torch.float32) -> An
         tokenizer=build_tokenizer(),
         image_processor=build_image_processor(),
         device=torch.device("cpu"),
+    )
+
+
+def draw_inputs(
+    *,
+    num_identity_slots: int = 2,
+    num_target_slots: int = 3,
+    cells: tuple[int, int] = (6, 8),
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """What the transformer is given at a step: noise, without padding after the prompt."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    height, width = cells
+    num_slots = num_identity_slots + num_target_slots
+    num_clip_tokens = (CLIP_SIZE // 8) ** 2 + 1
+    return {
+        "hidden_states": draw(1, TRANSFORMER_CONFIG["in_channels"], num_slots, height, width),
+        "timestep": torch.tensor([600.0], dtype=torch.float64),
+        "encoder_hidden_states": draw(1, 512, TEXT_DIM),
+        "encoder_hidden_states_image": draw(1, num_clip_tokens, CLIP_DIM),
+        "pose_embeds": draw(1, INNER_DIM, num_target_slots, height // 2, width // 2),
+        "face_tokens": draw(1, num_target_slots, 5, INNER_DIM),
+    }
+
+
+def build_tiny_rollout(*, guidance_scale: float = 1.0, **changes: Any) -> Rollout:
+    """The chunk loop over three chunks of five frames, driven by noise."""
+    pipeline = build_tiny_pipeline()
+    frames = np.random.default_rng(0).integers(0, 256, (30, 16, 32, 3), dtype=np.uint8)
+    options: dict[str, Any] = {"num_inference_steps": 2, **changes}
+    if guidance_scale != 1:
+        options["negative_prompt_embeds"] = pipeline.encode_prompt("a longer text")
+    return Rollout(
+        pipeline=pipeline,
+        reference_u8=frames[0],
+        picture_u8=frames[0],
+        views_u8=[],
+        read_driving=lambda k: (frames[k : k + 5], frames[k : k + 5, :, :16]),
+        noise=lambda k: chunk_noise(3, k, (1, LATENT_CHANNELS, 3, 2, 4)),
+        anchor_frame_indices=[],
+        prompt_embeds=pipeline.encode_prompt("dance"),
+        num_chunks=3,
+        frames_per_chunk=5,
+        overlap=4,
+        num_identity_slots=1,
+        shift=5.0,
+        guidance_scale=guidance_scale,
+        **options,
     )
 
 

@@ -38,9 +38,10 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial, wraps
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from tables import describe_machine, lay_out_targets, table
 
 import everanimate_cli
 from everanimate_cli.events import ChunkDone, Event, StepDone
@@ -54,7 +55,7 @@ from everanimate_cli.settings import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 # The heavy libraries are imported once, in the process that the measuring ones are forked from.
 # Their memory then starts where the imports end, on all sides alike.
@@ -72,6 +73,7 @@ CALLS = {
     "image_encoder": ("forward",),
     "text_encoder": ("forward",),
 }
+LIBRARIES = ("torch", "diffusers", "av")
 SEED = 0
 OVERLAP = CARRY_FRAMES[0]  # of pixel memory
 
@@ -571,12 +573,6 @@ def check(rows: Sequence[Row]) -> list[dict[str, Any]]:
     ]
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its columns after the first aligned to the right."""
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)) + "\n"
-
-
 def lay_out_rows(rows: Sequence[Row]) -> str:
     """The figures as a table; times of the networks in milliseconds per chunk."""
     head = [
@@ -617,31 +613,6 @@ def lay_out_rows(rows: Sequence[Row]) -> str:
             ]
         )
     return table(head, lines)
-
-
-def lay_out_targets(targets: Iterable[dict[str, Any]]) -> str:
-    """The targets as a table."""
-    lines = [
-        [
-            target["target"],
-            f"{target['value']:.3f}",
-            f"{target['limit']:g}",
-            "ok" if target["met"] else "**short**",
-        ]
-        for target in targets
-    ]
-    return table(["target", "measured", "at most", ""], lines)
-
-
-def describe_machine() -> str:
-    """Processor and versions, in one line."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("torch", "diffusers", "av"))
-    return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {libraries}"
 
 
 def main() -> None:
@@ -690,7 +661,7 @@ def main() -> None:
     setting = (
         f"{defaults.width}x{defaults.height}, {defaults.frames_per_chunk} frames per chunk, "
         f"{options.steps} steps, {options.threads} thread(s), median of {options.repeats}; "
-        f"{describe_machine()}."
+        f"{describe_machine(*LIBRARIES)}."
     )
     same_work = f"PSNR between diffusers' video and that of pixel memory: {alike_db:.1f} dB."
     sys.stdout.write(

@@ -43,9 +43,10 @@ import cv2
 import numpy as np
 
 from everanimate_cli import metrics
+from everanimate_cli.atomic_files import atomic_path
 from everanimate_cli.chunks import ChunkPlan
 from everanimate_cli.encode import VideoWriter
-from everanimate_cli.images import atomic_path, fit_frame, read_image, write_png
+from everanimate_cli.images import fit_frame, read_image, write_png
 from everanimate_cli.toyworld import Camera, Dance, ToyFrame, ToyScene
 
 # torch and what stands on it is imported where it is used: rendering and reports start at once.

@@ -54,18 +54,20 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # The peak memory of a process that is started from this one is never less than that of this one:
 # so it imports nothing heavy, and whatever needs numpy runs in a process of its own.
+from tables import describe_machine, lay_out_targets, table
+
 from everanimate_cli.settings import HUB_PRESET, ExtractSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
 SIDES = {"rtmlib": "rtmlib loop", "everanimate": "everanimate"}
+LIBRARIES = ("rtmlib", "onnxruntime", "av", "numpy")
 INSTALL = "pip install --no-deps rtmlib==0.0.16 && pip install onnx tqdm"
 
 FPS = 30
@@ -449,6 +451,7 @@ def run_rtmlib(video: Path, output: Path, networks: Networks, threads: int) -> d
     from PIL import Image  # noqa: PLC0415
 
     from everanimate_cli import skeleton  # noqa: PLC0415
+    from everanimate_cli.images import fit_points  # noqa: PLC0415
     from everanimate_cli.pose_folder import PRESETS  # noqa: PLC0415
 
     detector, pose = open_rtmlib(networks, threads)
@@ -479,7 +482,7 @@ def run_rtmlib(video: Path, output: Path, networks: Networks, threads: int) -> d
                 largest = int(np.prod(boxes[:, 2:] - boxes[:, :2], axis=1).argmax())
             keypoints = np.concatenate([places[largest], scores[largest][:, None]], axis=1)
             height, width = frame_u8.shape[:2]
-            moved = skeleton.letterbox_keypoints(keypoints, (height, width), CANVAS)
+            moved = fit_points(keypoints, (height, width), CANVAS, "contain")
             pictures = [Image.fromarray(skeleton.draw_pose(moved, *CANVAS))]
             box = skeleton.face_box(keypoints, height, width)
             face = Image.new("RGB", (FACE_SIZE, FACE_SIZE))
@@ -852,12 +855,6 @@ def judged(targets: Iterable[tuple[str, float, float]]) -> list[dict[str, Any]]:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, its columns after the first aligned to the right."""
-    rule = ["---", *("---:" for _ in head[1:])]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines)) + "\n"
-
-
 def lay_out_rows(rows: Iterable[Row]) -> str:
     """The figures of the speed part; "x" is the ratio to the line above."""
     head = ["clip, side", "total s", "x", "start s", "networks ms / frame", "outside ms / frame"]
@@ -916,32 +913,6 @@ def lay_out_dances(dances: Iterable[dict[str, Any]]) -> str:
         for index, dance in enumerate(dances)
     ]
     return table(head, lines)
-
-
-def lay_out_targets(targets: Iterable[dict[str, Any]]) -> str:
-    """The targets as a table."""
-    lines = [
-        [
-            target["target"],
-            f"{target['value']:.4f}",
-            f"{target['limit']:.4g}",
-            "ok" if target["met"] else "**short**",
-        ]
-        for target in targets
-    ]
-    return table(["target", "measured", "at most", ""], lines)
-
-
-def describe_machine() -> str:
-    """Processor and versions, in one line."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    libraries = ("rtmlib", "onnxruntime", "av", "numpy")
-    versions = ", ".join(f"{name} {version(name)}" for name in libraries)
-    return f"{model}, {os.cpu_count()} cores; Python {platform.python_version()}, {versions}"
 
 
 def read_options() -> argparse.Namespace:
@@ -1021,10 +992,10 @@ def main() -> None:
     setting = (
         f"Networks of the speed part: {options.models}{sizes if options.models == 'sized' else ''}"
         f", {options.threads} thread(s) each; {options.cores or 'all'} core(s), "
-        f"median of {options.rounds}; {describe_machine()}."
+        f"median of {options.rounds}; {describe_machine(*LIBRARIES)}."
     )
     figures |= {"setting": setting, "targets": judged(targets)}
-    sys.stdout.write("\n".join([setting, *printed, lay_out_targets(figures["targets"])]))
+    sys.stdout.write("\n".join([setting, *printed, lay_out_targets(figures["targets"], digits=4)]))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 

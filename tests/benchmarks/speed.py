@@ -34,7 +34,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from animate_speed import describe_machine
+from animate_speed import LIBRARIES
+from tables import describe_machine
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -380,7 +381,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = str(options.threads)  # before torch is imported
     bench = Bench(options.model, options.chunks, options.steps)
     truth_db = psnr(bench.plain()[1], bench.later_truth())
-    print(f"{describe_machine()}; threads {options.threads}; {options.steps} steps.\n")
+    print(f"{describe_machine(*LIBRARIES)}; threads {options.threads}; {options.steps} steps.\n")
     print(f"Plain to the truth: {truth_db:.2f} dB.\n")
     print("| way | of a | plain [ms] | this [ms] | ratio (quartiles) | frames to plain |")
     print("|---|---|---:|---:|---|---|")
@@ -390,7 +391,7 @@ def main() -> None:
         print(lay_out(row), flush=True)
     if options.json is not None:
         figures = {
-            "machine": describe_machine(),
+            "machine": describe_machine(*LIBRARIES),
             "threads": options.threads,
             "steps": options.steps,
             "chunks": options.chunks,

@@ -4,10 +4,17 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from studio import Animate, Outcome, picture, write_dance
+from studio import Animate, Outcome, Program, picture, write_dance
 from tiny import write_tiny_checkpoint
 
 from everanimate_cli.cli import main
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unset what makes rich believe in a terminal."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture(scope="session")
@@ -33,20 +40,28 @@ def place(tmp_path: Path, studio: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for path in studio.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)  # they make rich believe in a terminal
     return tmp_path
 
 
 @pytest.fixture
-def animate(place: Path, capsys: pytest.CaptureFixture[str]) -> Animate:
+def program(capsys: pytest.CaptureFixture[str]) -> Program:
+    """Runs `everanimate` and keeps the streams apart."""
+
+    def run(*words: str) -> Outcome:
+        capsys.readouterr()
+        code = main(list(words))
+        captured = capsys.readouterr()
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def animate(place: Path, program: Program) -> Animate:
     """Runs `everanimate animate anna.png dance --model tiny` and further words."""
     assert place.is_dir()
 
     def run(*words: str, inputs: tuple[str, ...] = ("anna.png", "dance")) -> Outcome:
-        capsys.readouterr()
-        code = main(["animate", *inputs, "--model", "tiny", *words])
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        return program("animate", *inputs, "--model", "tiny", *words)
 
     return run

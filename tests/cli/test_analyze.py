@@ -12,10 +12,9 @@ import pytest
 from dances import write_dance_video
 from media import corner_frame, moving_frames, write_media
 from PIL import Image
-from studio import Outcome
+from studio import Outcome, Program
 
 from everanimate_cli import attention_shares, roundtrip
-from everanimate_cli.cli import main
 from everanimate_cli.roundtrip import FLAT_COLOURS
 
 Analyze = Callable[..., Outcome]
@@ -25,15 +24,12 @@ ROUNDTRIP_NAMES = ["roundtrip.csv", "roundtrip.json", "roundtrip.png", "sheet.pn
 
 
 @pytest.fixture
-def analyze(place: Path, capsys: pytest.CaptureFixture[str]) -> Analyze:
+def analyze(place: Path, program: Program) -> Analyze:
     """Runs `everanimate analyze ... --model tiny`."""
     assert place.is_dir()
 
     def run(*words: str) -> Outcome:
-        capsys.readouterr()
-        code = main(["analyze", *words, "--model", "tiny"])
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        return program("analyze", *words, "--model", "tiny")
 
     return run
 

@@ -2,18 +2,17 @@
 
 import errno
 import json
-import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from stand_ins import Worker
 
 from everanimate_cli.analyze_settings import AttentionSettings, RoundtripSettings
 from everanimate_cli.cli import main
 from everanimate_cli.errors import RunError
-from everanimate_cli.events import Note, OnEvent
-from everanimate_cli.records import LoraSpec, Options
+from everanimate_cli.events import Note
+from everanimate_cli.records import CommandResult, LoraSpec
 
 WORDS = {
     "roundtrip": ["analyze", "roundtrip", "film.mp4", "--model", "toy"],
@@ -21,43 +20,13 @@ WORDS = {
 }
 
 
-@dataclass
-class Result:
-    output: Path = Path("out")
-
-    def to_json(self) -> dict[str, object]:
-        return {"output": str(self.output), "trips": 2}
-
-
-class Worker:
-    """Stands in for the analyses: notes its settings, reports, returns or raises."""
-
-    def __init__(self) -> None:
-        self.calls: list[Options] = []
-        self.error: BaseException | None = None
-
-    def __call__(self, settings: Options, on_event: OnEvent) -> Result:
-        self.calls.append(settings)
-        on_event(Note(text="a note"))
-        if self.error is not None:
-            raise self.error
-        return Result()
-
-
 @pytest.fixture(autouse=True)
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
     """A worker behind both commands, in a folder with inputs."""
-    fake = Worker()
-    for module, function in (
-        ("roundtrip", "analyze_roundtrip"),
-        ("attention_shares", "analyze_attention"),
-    ):
-        stand_in = ModuleType(f"everanimate_cli.{module}")
-        setattr(stand_in, function, fake)
-        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    fake = Worker(CommandResult(output=Path("out"), facts={"trips": 2}), Note(text="a note"))
+    fake.put_behind(monkeypatch, "roundtrip", "analyze_roundtrip")
+    fake.put_behind(monkeypatch, "attention_shares", "analyze_attention")
     monkeypatch.chdir(tmp_path)
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)  # they make rich believe in a terminal
     Path("dance").mkdir()
     names = ["dance/pose.mp4", "dance/face.mp4", "dance/extract.json", "a.safetensors"]
     for name in ("anna.png", "back.png", "film.mp4", *names):

@@ -215,7 +215,7 @@ def test_a_bad_input_is_told_before_a_model_is_downloaded(
         ),
         (
             ["--view", "anna.png", "--identity-slots", "1"],
-            "--view is given 1 times, but --identity-slots 1 has room for 0: the last slot holds "
+            "--view is given 1 time, but --identity-slots 1 has room for 0: the last slot holds "
             "the reference.",
         ),
     ],
@@ -353,7 +353,9 @@ def test_outputs_that_cannot_be_written(
     assert refused("-o", "a.mp4") == (
         "error: --output a.mp4 exists. Add --overwrite to replace it, or give another name."
     )
-    assert refused("-o", "a.avi") == "error: --output a.avi does not end in .mp4."
+    assert refused("-o", "a.avi") == (
+        "error: --output a.avi does not end in .mp4. Give a name that does."
+    )
     long_name = f"{'a' * 248}.mp4"
     assert refused("-o", long_name) == (
         f"error: --output {long_name} has too long a name. Give a shorter one."

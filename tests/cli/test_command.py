@@ -3,17 +3,20 @@
 import errno
 import json
 import re
+import signal
 import sys
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import pytest
+import typer
+from stand_ins import Worker
 
 from everanimate_cli.cli import main
+from everanimate_cli.cli_options import resumable
 from everanimate_cli.errors import RunError, WeightsError
-from everanimate_cli.events import ChunkDone, ChunkStarted, Note, OnEvent
+from everanimate_cli.events import ChunkDone, ChunkStarted, Note
 from everanimate_cli.records import LoraSpec
 from everanimate_cli.settings import AnimateSettings, DemoSettings
 
@@ -29,37 +32,18 @@ class Result:
         return {"output": str(self.output), "num_chunks": 3}
 
 
-class Worker:
-    """Stands in for `animate` or `run_demo`: notes its settings, reports, returns or raises."""
-
-    def __init__(self) -> None:
-        self.calls: list[Any] = []
-        self.error: BaseException | None = None
-
-    def __call__(
-        self, settings: AnimateSettings | DemoSettings, on_event: OnEvent, processes: None = None
-    ) -> Result:
-        assert processes is None  # no launcher started this one
-        self.calls.append(settings)
-        on_event(Note(text="a note"))
-        on_event(ChunkStarted(chunk_index=0, num_chunks=1, num_steps=1))
-        on_event(ChunkDone(chunk_index=0, num_frames=5, seconds=2.0))
-        if self.error is not None:
-            raise self.error
-        return Result(Path("dance_anna.mp4"))
-
-
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
     """A worker behind both commands, in a folder with the inputs that the tests name."""
-    fake = Worker()
-    for module, function in (("animate", "animate"), ("demo", "run_demo")):
-        stand_in = ModuleType(f"everanimate_cli.{module}")
-        setattr(stand_in, function, fake)
-        monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    fake = Worker(
+        Result(Path("dance_anna.mp4")),
+        Note(text="a note"),
+        ChunkStarted(chunk_index=0, num_chunks=1, num_steps=1),
+        ChunkDone(chunk_index=0, num_frames=5, seconds=2.0),
+    )
+    fake.put_behind(monkeypatch, "animate", "animate")
+    fake.put_behind(monkeypatch, "demo", "run_demo")
     monkeypatch.chdir(tmp_path)
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)  # they make rich believe in a terminal
     names = ["anna.png", "back.png", "film.mp4", "p.mp4", "f.mp4", "a.safetensors"]
     for name in [*names, *(f"dance/{name}" for name in ("pose.mp4", "face.mp4", "extract.json"))]:
         path = Path(name)
@@ -348,6 +332,39 @@ def test_an_interrupted_run_that_was_not_to_resume_says_how_it_would(
     assert capsys.readouterr().err.splitlines()[-1] == (
         "interrupted. Run the same command without --no-resume to continue."
     )
+
+
+def test_a_second_interruption_ends_the_program_without_a_trace(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker.error = KeyboardInterrupt()
+    monkeypatch.setattr(sys, "argv", ["everanimate", *ANIMATE])
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main() == 130
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_an_interruption_within_a_finalizer_is_not_lost(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Finalized:
+        def __del__(self) -> None:
+            raise KeyboardInterrupt
+
+    @resumable("again")
+    def work() -> None:
+        Finalized()
+        given_up_at = time.monotonic() + 10.0
+        while time.monotonic() < given_up_at:
+            pass
+
+    with pytest.raises(typer.Exit) as caught:
+        work()
+    assert caught.value.exit_code == 130
+    assert capsys.readouterr().err == "interrupted. Run the same command again to continue.\n"
 
 
 def test_an_interrupted_demo_says_so(worker: Worker, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from dances import write_dance_video
 from media import Frames, decode_video, write_media
-from studio import Outcome
+from studio import Outcome, Program
 
 from everanimate_cli import evaluation
 from everanimate_cli.cli import main
@@ -35,8 +35,6 @@ def write_lossless(path: str, frames: Frames) -> None:
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a video, its truth and a worse one."""
     monkeypatch.chdir(tmp_path)
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)  # they make rich believe in a terminal
     truth = np.random.default_rng(1).integers(60, 120, (30, 16, 24, 3), np.uint8)
     write_lossless("truth.mkv", truth)
     write_lossless("anna.mkv", truth + np.uint8(2))
@@ -45,14 +43,11 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def run(place: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+def run(place: Path, program: Program) -> Run:
     assert place.is_dir()
 
     def call(*words: str) -> Outcome:
-        capsys.readouterr()
-        code = main(["eval", *words])
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        return program("eval", *words)
 
     return call
 

@@ -1,7 +1,6 @@
 """`everanimate extract-pose` on rendered dances, with the embedded pose models."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from dances import FPS, write_dance_video
 from media import decode_video
 from PIL import Image
-from studio import Outcome
+from studio import Outcome, Program
 
 from everanimate_cli import extract, pose_models, skeleton
 from everanimate_cli.cli import main
@@ -17,7 +16,7 @@ from everanimate_cli.images import fit_points
 from everanimate_cli.pose_analysis import Source
 from everanimate_cli.smoothing import BoxFilter
 from everanimate_cli.toyworld import Dance, ToyScene
-from everanimate_cli.video import probe_video
+from everanimate_cli.video import VideoReader
 
 TOY = ("--pose-model", "toy", "--threads", "1", "--fps", str(FPS))
 SMALL = ("--size", "96x64", "--face-size", "32")
@@ -36,12 +35,9 @@ def place(tmp_path: Path, dance_video: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Iterator[object]:
+def run(program: Program) -> Program:
     def call(*words: str) -> Outcome:
-        capsys.readouterr()
-        code = main(["extract-pose", *words, *TOY])
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        return program("extract-pose", *words, *TOY)
 
     return call
 
@@ -58,7 +54,10 @@ def test_a_folder_with_two_videos_keypoints_and_a_record(run) -> None:
     outcome = run("dance.mp4", *SMALL)
     assert (outcome.code, outcome.out) == (0, "dance_pose\n")
     assert names("dance_pose") == ["extract.json", "face.mp4", "keypoints.npz", "pose.mp4"]
-    pose, face = probe_video(Path("dance_pose/pose.mp4")), probe_video(Path("dance_pose/face.mp4"))
+    pose, face = (
+        VideoReader(Path("dance_pose/pose.mp4")).info,
+        VideoReader(Path("dance_pose/face.mp4")).info,
+    )
     assert (pose.height, pose.width, pose.num_frames) == (64, 96, 30)
     assert (face.height, face.width, face.num_frames) == (32, 32, 30)
     assert pose.rate == face.rate == FPS

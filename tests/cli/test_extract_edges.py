@@ -30,7 +30,7 @@ from media import (
 )
 from PIL import Image
 from rich.console import Console
-from studio import Outcome
+from studio import Outcome, Program
 
 from everanimate_cli import console, extract, pose_folder, pose_models, skeleton
 from everanimate_cli.cli import main
@@ -41,7 +41,7 @@ from everanimate_cli.runs import ExtractFolder
 from everanimate_cli.settings import ExtractSettings
 from everanimate_cli.toyworld import GroupFrame, ToyScene
 from everanimate_cli.tracking import Tracks, choose_track, describe
-from everanimate_cli.video import probe_video
+from everanimate_cli.video import VideoReader
 
 Arrays = dict[str, npt.NDArray]
 Run = Callable[..., Outcome]
@@ -119,20 +119,15 @@ def place(tmp_path: Path, videos: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     for path in videos.iterdir():
         (tmp_path / path.name).symlink_to(path)
     monkeypatch.chdir(tmp_path)
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)  # they make rich believe in a terminal
     return tmp_path
 
 
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Run:
+def run(program: Program) -> Run:
     """Runs `everanimate extract-pose` with small results; the words given come last and win."""
 
     def call(video: str, *words: str) -> Outcome:
-        capsys.readouterr()
-        code = main(["extract-pose", video, *WORDS, "--fps", str(FPS), *words])
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        return program("extract-pose", video, *WORDS, "--fps", str(FPS), *words)
 
     return call
 
@@ -546,7 +541,7 @@ def test_a_variable_rate_gives_the_same_poses_at_the_same_times(run: Run) -> Non
         time_base=Fraction(1, 1000),
         **options,
     )
-    assert probe_video(Path("uneven.mkv")).num_frames == 12
+    assert VideoReader(Path("uneven.mkv")).info.num_frames == 12
     assert run("even.mkv").code == run("uneven.mkv").code == 0
     even, uneven = arrays("even_pose"), arrays("uneven_pose")
     assert len(even["keypoints"]) == 24
@@ -598,7 +593,7 @@ def test_kinds_of_video(run: Run, scenes: dict[str, list[GroupFrame]], name: str
     assert facts["source_size"] == ("127x95" if name == "odd.mp4" else "128x96")
     assert facts["frames"] == 12
     assert error_px(f"{Path(name).stem}_pose", scenes["one"]) < 2
-    pose = probe_video(Path(f"{Path(name).stem}_pose/pose.mp4"))
+    pose = VideoReader(Path(f"{Path(name).stem}_pose/pose.mp4")).info
     assert (pose.height, pose.width, pose.rate) == (64, 96, RATE)
 
 
@@ -644,7 +639,7 @@ def test_a_fast_video(run: Run) -> None:
     done = run("fast.mp4", "--fps", "60", "--json")
     assert json.loads(done.out)["frames"] == 20
     assert error_px("fast_pose", frames) < 2
-    assert probe_video(Path("fast_pose/pose.mp4")).rate == 60
+    assert VideoReader(Path("fast_pose/pose.mp4")).info.rate == 60
 
 
 def test_a_large_video(run: Run, scenes: dict[str, list[GroupFrame]]) -> None:
@@ -819,7 +814,7 @@ def test_other_rates(
 ) -> None:
     done = run("one.mp4", "--fps", str(rate_fps), "--no-smooth", "--json")
     assert json.loads(done.out)["frames"] == num_frames
-    assert probe_video(Path("one_pose/face.mp4")).rate == rate_fps
+    assert VideoReader(Path("one_pose/face.mp4")).info.rate == rate_fps
     # Of two frames equally near the even one counts.
     nearest = np.round(np.arange(num_frames) / rate_fps * FPS).astype(int).clip(max=11)
     assert error_px("one_pose", [scenes["one"][index] for index in nearest]) < 2

@@ -1,5 +1,6 @@
 """The help pages: every option with its default, examples that parse."""
 
+import functools
 import os
 import re
 import shlex
@@ -20,7 +21,15 @@ from everanimate_cli.records import option_name
 from everanimate_cli.settings import AnimateSettings, DemoSettings, ExtractSettings
 from everanimate_cli.train_settings import TrainSettings
 
+SETTINGS = {
+    "animate": AnimateSettings,
+    "eval": EvalSettings,
+    "extract-pose": ExtractSettings,
+    "train-lora": TrainSettings,
+}
 
+
+@functools.cache
 def help_page(*words: str, columns: int = 200) -> str:
     """A help page as plain text, whatever the terminal and CI around the tests look like."""
     forced = ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "TERMINAL_WIDTH")
@@ -34,63 +43,83 @@ def help_page(*words: str, columns: int = 200) -> str:
     ).stdout
 
 
-@pytest.fixture(scope="module")
-def animate_page() -> str:
-    return help_page("animate")
-
-
-@pytest.mark.parametrize("name", [item.name for item in fields(AnimateSettings)])
-def test_every_option_is_on_the_page(animate_page: str, name: str) -> None:
-    assert re.search(rf"^│ +{option_name(name)}\b", animate_page, re.MULTILINE)
+def line_of(command: str, name: str) -> str | None:
+    """Where the page of a command has an option; an argument that is needed has a star before."""
+    found = re.search(rf"^│ \*? *{name}\b.*$", help_page(command), re.MULTILINE)
+    return None if found is None else found[0]
 
 
 @pytest.mark.parametrize(
-    ("name", "default"),
+    ("command", "name"),
     [
-        ("model", "Wan-AI/Wan2.2-Animate-14B-Diffusers"),
-        ("memory", "latent"),
-        ("extend", "pingpong"),
-        ("fit", "contain"),
-        ("guidance_scale", "1"),
-        ("seed", "0"),
-        ("crf", "18"),
-        ("audio", "on"),
-        ("pose_beside", "off"),
-        ("steps", "the model's"),
-        ("output", "DRIVING_REF.mp4"),
+        (command, settings.label(item.name))
+        for command, settings in SETTINGS.items()
+        for item in fields(settings)
     ],
 )
-def test_defaults_are_shown(animate_page: str, name: str, default: str) -> None:
-    line = re.search(rf"^│ +{option_name(name)}\b.*$", animate_page, re.MULTILINE)
+def test_every_option_is_on_the_page(command: str, name: str) -> None:
+    assert line_of(command, name) is not None
+
+
+@pytest.mark.parametrize(
+    ("command", "name", "default"),
+    [
+        ("animate", "--model", "Wan-AI/Wan2.2-Animate-14B-Diffusers"),
+        ("animate", "--memory", "latent"),
+        ("animate", "--extend", "pingpong"),
+        ("animate", "--fit", "contain"),
+        ("animate", "--guidance-scale", "1"),
+        ("animate", "--seed", "0"),
+        ("animate", "--crf", "18"),
+        ("animate", "--audio", "on"),
+        ("animate", "--pose-beside", "off"),
+        ("animate", "--steps", "the model's"),
+        ("animate", "--output", "DRIVING_REF.mp4"),
+        ("extract-pose", "--size", "832x480"),
+        ("extract-pose", "--fps", "25"),
+        ("extract-pose", "--crf", "12"),
+        ("extract-pose", "--pose-model", "rtmw"),
+        ("extract-pose", "--detect-every", "8"),
+        ("extract-pose", "--max-gap", "0.3"),
+        ("extract-pose", "--smooth", "on"),
+        ("extract-pose", "--face-scale", "1.3"),
+        ("extract-pose", "--output", "VIDEO_pose"),
+        ("train-lora", "--stage", "1"),
+        ("train-lora", "--steps", "3000"),
+        ("train-lora", "--lr", "0.0001"),
+        ("train-lora", "--rank", "32"),
+        ("train-lora", "--memory", "latent"),
+        ("train-lora", "--correction", "gaussian"),
+        ("train-lora", "--first-chunk-probability", "0.2"),
+        ("train-lora", "--degradation-probability", "0; 0.64 from stage 2 on"),
+        ("train-lora", "--gradient-checkpointing", "on"),
+        ("train-lora", "--compile", "off"),
+        ("train-lora", "--tensorboard", "on"),
+        ("train-lora", "--output", "DATASET_stage1"),
+    ],
+)
+def test_defaults_are_shown(command: str, name: str, default: str) -> None:
+    line = line_of(command, name)
     assert line is not None
-    assert f"(default: {default})" in line[0]
+    assert f"(default: {default})" in line
 
 
-def test_options_are_grouped(animate_page: str) -> None:
-    headings = re.findall(r"^╭─ (.*?) ─", animate_page, re.MULTILINE)
-    assert headings == [
-        "Arguments",
-        "Options",
-        "Length and motion",
-        "Model",
-        "Picture",
-        "Sampling",
-        "Memory between chunks",
-        "Memory of the card",
-        "Speed",
-        "Result",
-        "Run",
-    ]
+GROUPS = {
+    "animate": [
+        *("Length and motion", "Model", "Picture", "Sampling", "Memory between chunks"),
+        *("Memory of the card", "Speed", "Result", "Run"),
+    ],
+    "train-lora": [
+        *("Data", "Picture", "Training", "Memory between chunks", "Restoration"),
+        *("Model", "Machine", "Validation", "Result", "Run"),
+    ],
+}
 
 
-@pytest.mark.parametrize("name", [item.name for item in fields(EvalSettings)])
-def test_every_option_of_an_evaluation_is_on_the_page(eval_page: str, name: str) -> None:
-    assert re.search(rf"^│ +{EvalSettings.label(name)}\b", eval_page, re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def eval_page() -> str:
-    return help_page("eval")
+@pytest.mark.parametrize("command", GROUPS)
+def test_options_are_grouped(command: str) -> None:
+    headings = re.findall(r"^╭─ (.*?) ─", help_page(command), re.MULTILINE)
+    assert headings == ["Arguments", "Options", *GROUPS[command]]
 
 
 def test_the_demo_page_shows_its_options_and_defaults() -> None:
@@ -99,88 +128,6 @@ def test_the_demo_page_shows_its_options_and_defaults() -> None:
         assert option_name(item.name) in page
     assert "[default: everanimate-demo]" in page
     assert "[default: 10.0]" in page
-
-
-@pytest.fixture(scope="module")
-def extract_page() -> str:
-    return help_page("extract-pose")
-
-
-@pytest.mark.parametrize("name", [item.name for item in fields(ExtractSettings)])
-def test_every_option_of_an_extraction_is_on_the_page(extract_page: str, name: str) -> None:
-    # An argument that is needed has a star before its name.
-    assert re.search(rf"^│ \*? *{option_name(name)}\b", extract_page, re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("name", "default"),
-    [
-        ("size", "832x480"),
-        ("fps", "25"),
-        ("crf", "12"),
-        ("pose_model", "rtmw"),
-        ("detect_every", "8"),
-        ("max_gap", "0.3"),
-        ("smooth", "on"),
-        ("face_scale", "1.3"),
-        ("output", "VIDEO_pose"),
-    ],
-)
-def test_defaults_of_an_extraction_are_shown(extract_page: str, name: str, default: str) -> None:
-    line = re.search(rf"^│ +{option_name(name)}\b.*$", extract_page, re.MULTILINE)
-    assert line is not None
-    assert f"(default: {default})" in line[0]
-
-
-@pytest.fixture(scope="module")
-def train_page() -> str:
-    return help_page("train-lora")
-
-
-@pytest.mark.parametrize("name", [item.name for item in fields(TrainSettings)])
-def test_every_option_of_a_training_is_on_the_page(train_page: str, name: str) -> None:
-    assert re.search(rf"^│ +{option_name(name)}\b", train_page, re.MULTILINE)
-
-
-@pytest.mark.parametrize(
-    ("name", "default"),
-    [
-        ("stage", "1"),
-        ("steps", "3000"),
-        ("lr", "0.0001"),
-        ("rank", "32"),
-        ("memory", "latent"),
-        ("correction", "gaussian"),
-        ("first_chunk_probability", "0.2"),
-        ("degradation_probability", "0; 0.64 from stage 2 on"),
-        ("gradient_checkpointing", "on"),
-        ("compile", "off"),
-        ("tensorboard", "on"),
-        ("output", "DATASET_stage1"),
-    ],
-)
-def test_defaults_of_a_training_are_shown(train_page: str, name: str, default: str) -> None:
-    line = re.search(rf"^│ +{option_name(name)}\b.*$", train_page, re.MULTILINE)
-    assert line is not None
-    assert f"(default: {default})" in line[0]
-
-
-def test_options_of_a_training_are_grouped(train_page: str) -> None:
-    headings = re.findall(r"^╭─ (.*?) ─", train_page, re.MULTILINE)
-    assert headings == [
-        "Arguments",
-        "Options",
-        "Data",
-        "Picture",
-        "Training",
-        "Memory between chunks",
-        "Restoration",
-        "Model",
-        "Machine",
-        "Validation",
-        "Result",
-        "Run",
-    ]
 
 
 def test_the_program_lists_its_commands() -> None:
@@ -215,48 +162,33 @@ def test_all_commands_give_examples() -> None:
     assert len(examples(RUNS_HELP)) >= 2
 
 
-@pytest.mark.parametrize("words", examples(ANIMATE_HELP))
+TRAIN_ADVICE = "Give a folder of videos, or a .csv or .jsonl manifest that lists them."
+# What the examples lack.
+MISSING = {
+    ANIMATE_HELP: (
+        "REF anna.png does not exist. Give a picture of the character.",
+        "--config anna.json cannot be read: No such file or directory.",
+    ),
+    EXTRACT_HELP: ("VIDEO dance.mp4 does not exist. Give a video of a moving person.",),
+    TRAIN_HELP: (
+        f"DATASET videos does not exist. {TRAIN_ADVICE}",
+        f"DATASET list.csv does not exist. {TRAIN_ADVICE}",
+        "--config videos_stage1/train.json cannot be read: No such file or directory.",
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "missing"),
+    [(words, missing) for text, missing in MISSING.items() for words in examples(text)],
+)
 def test_the_examples_parse_and_lack_nothing_but_their_files(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     words: list[str],
+    missing: tuple[str, ...],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
-    assert capsys.readouterr().err in (
-        "error: REF anna.png does not exist. Give a picture of the character.\n",
-        "error: --config anna.json cannot be read: No such file or directory.\n",
-    )
-
-
-@pytest.mark.parametrize("words", examples(EXTRACT_HELP))
-def test_the_examples_of_an_extraction_parse_and_lack_nothing_but_their_files(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    words: list[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(words) == 2
-    assert capsys.readouterr().err == (
-        "error: VIDEO dance.mp4 does not exist. Give a video of a moving person.\n"
-    )
-
-
-@pytest.mark.parametrize("words", examples(TRAIN_HELP))
-def test_the_examples_of_a_training_parse_and_lack_nothing_but_their_files(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    words: list[str],
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main(words) == 2
-    advice = "Give a folder of videos, or a .csv or .jsonl manifest that lists them."
-    config = "videos_stage1/train.json"
-    assert capsys.readouterr().err in (
-        f"error: DATASET videos does not exist. {advice}\n",
-        f"error: DATASET list.csv does not exist. {advice}\n",
-        f"error: --config {config} cannot be read: No such file or directory.\n",
-    )
+    assert capsys.readouterr().err.removeprefix("error: ").removesuffix("\n") in missing

@@ -5,7 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
@@ -14,10 +15,9 @@ import pytest
 from hub_server import COMMIT, Hub, use_hub
 from original import build_original_networks, name_transformer, write_diffusers, write_original
 from safetensors.torch import save_file
-from studio import Animate
+from studio import Animate, Program
 
 from everanimate_cli import cached_models, hub
-from everanimate_cli.cli import main
 from everanimate_cli.model_table import DETECTORS, ModelFile
 from everanimate_cli.settings import HUB_MODEL, HUB_PRESET
 
@@ -26,29 +26,10 @@ FAST = "owner/fast/b.safetensors"
 VAE_FILE = "vae/diffusion_pytorch_model.safetensors"
 
 
-@dataclass
-class Result:
-    code: int
-    out: str
-    err: str
-
-
-class Program:
-    """Runs `everanimate models` and keeps the streams apart."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self.capsys = capsys
-
-    def __call__(self, *words: str) -> Result:
-        self.capsys.readouterr()
-        code = main(["models", *words])
-        captured = self.capsys.readouterr()
-        return Result(code, captured.out, captured.err)
-
-
 @pytest.fixture
-def models(capsys: pytest.CaptureFixture[str]) -> Program:
-    return Program(capsys)
+def models(program: Program) -> Program:
+    """Runs `everanimate models`."""
+    return partial(program, "models")
 
 
 @pytest.fixture

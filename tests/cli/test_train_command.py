@@ -1,57 +1,31 @@
 """`everanimate train-lora`: from words to settings, and from the result to stdout."""
 
 import json
-import sys
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+from stand_ins import Worker
 
 from everanimate_cli.cli import main
 from everanimate_cli.errors import RunError
-from everanimate_cli.events import Note, OnEvent, TrainStep
+from everanimate_cli.events import Note, TrainStep
+from everanimate_cli.records import CommandResult
 from everanimate_cli.train_settings import TrainSettings
 
 TRAIN = ["train-lora", "videos"]
-
-
-@dataclass
-class Result:
-    output: Path = Path("videos_stage1/lora.safetensors")
-
-    def to_json(self) -> dict[str, object]:
-        return {"output": str(self.output), "steps": 2, "weights_mib": {"vae": 3.5}}
-
-
-class Worker:
-    """Stands in for `train_lora`: notes its settings, reports, returns or raises."""
-
-    def __init__(self) -> None:
-        self.calls: list[TrainSettings] = []
-        self.error: BaseException | None = None
-        self.result: Result | None = Result()
-
-    def __call__(self, settings: TrainSettings, on_event: OnEvent) -> Result | None:
-        self.calls.append(settings)
-        if self.result is not None:
-            on_event(Note(text="a note"))
-            on_event(TrainStep(step=1, num_steps=1, loss=0.25, learning_rate=1e-4, seconds=2.0))
-        if self.error is not None:
-            raise self.error
-        return self.result
+RESULT = CommandResult(
+    output=Path("videos_stage1/lora.safetensors"), facts={"steps": 2, "weights_mib": {"vae": 3.5}}
+)
 
 
 @pytest.fixture
 def worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Worker:
     """A worker behind the command, in a folder with a dataset of a raw video."""
-    fake = Worker()
-    stand_in = ModuleType("everanimate_cli.train_lora")
-    stand_in.train_lora = fake  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
+    step = TrainStep(step=1, num_steps=1, loss=0.25, learning_rate=1e-4, seconds=2.0)
+    fake = Worker(RESULT, Note(text="a note"), step)
+    fake.put_behind(monkeypatch, "train_lora", "train_lora")
     monkeypatch.chdir(tmp_path)
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)  # they make rich believe in a terminal
     Path("videos").mkdir()
     for name in ("videos/dance.mp4", "film.mp4"):
         Path(name).write_bytes(b"content")
@@ -175,7 +149,7 @@ def test_stdout_carries_the_lora_and_stderr_the_progress(
 def test_json_and_quiet(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*TRAIN, "--json", "--quiet"]) == 0
     captured = capsys.readouterr()
-    assert json.loads(captured.out) == Result().to_json()
+    assert json.loads(captured.out) == RESULT.to_json()
     assert captured.err == ""
 
 

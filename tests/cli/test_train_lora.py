@@ -19,7 +19,7 @@ from media import decode_video, write_media
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from studio import Outcome, picture
+from studio import Outcome, Program, picture
 
 from everanimate_cli import offloading, train_lora
 from everanimate_cli.cli import main
@@ -70,15 +70,12 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def train(place: Path, dataset: Path, capsys: pytest.CaptureFixture[str]) -> Train:
+def train(place: Path, dataset: Path, program: Program) -> Train:
     """Runs `everanimate train-lora` on the two clips with the tiny model and further words."""
     assert place.is_dir()
 
     def run(*words: str, output: str = "out", data: Path = dataset) -> Outcome:
-        capsys.readouterr()
-        code = main(words_of(data, output, *words))
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        return program(*words_of(data, output, *words))
 
     return run
 

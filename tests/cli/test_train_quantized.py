@@ -13,7 +13,7 @@ import pytest
 import torch
 from media import decode_video
 from ranks import Command
-from studio import Outcome
+from studio import Outcome, Program
 from tiny import CLIP_DIM, INNER_DIM, LATENT_CHANNELS, TEXT_DIM, build_tiny_pipeline
 from torch import Tensor
 from trainings import largest_difference, launch, losses, words, write_clips
@@ -35,15 +35,12 @@ Train = Callable[..., Outcome]
 
 
 @pytest.fixture
-def train(place: Path, capsys: pytest.CaptureFixture[str]) -> Train:
+def train(place: Path, program: Program) -> Train:
     """Runs `everanimate train-lora` on two clips with the tiny model and further words."""
     write_clips(place)
 
     def run(output: str, *more: str) -> Outcome:
-        capsys.readouterr()
-        code = main(words(output, *more))
-        captured = capsys.readouterr()
-        return Outcome(code, captured.out, captured.err)
+        return program(*words(output, *more))
 
     return run
 

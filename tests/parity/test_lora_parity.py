@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from loras import fuse_loras
 from safetensors import safe_open
 from torch import Tensor
 
 from everanimate_cli.lora import (
     LORA_TARGET_PATTERN,
-    fuse_loras,
     load_lora,
     plan_lora,
     released_key,

@@ -1,22 +1,14 @@
 """The person that the released preprocessing picks from the boxes of one frame."""
 
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from pose_golden import GOLDEN
 
 from everanimate_cli.tracking import choose_box
 
-POSE_DIR = Path(
-    os.environ.get("EVERANIMATE_POSE_DIR")
-    or Path(__file__).resolve().parents[1] / "golden" / "pose"
-)
-CASES: list[dict[str, Any]] = json.loads(
-    (POSE_DIR / "pose_golden.json").read_text(encoding="utf-8")
-)["person_choice_cases"]
+CASES: list[dict[str, Any]] = GOLDEN["person_choice_cases"]
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 

@@ -5,25 +5,18 @@ keypoints have four digits; they come from float32 logarithms, of which a Newton
 differences, so that the last digit depends on the build of numpy.
 """
 
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pose_golden import GOLDEN
 
 from everanimate_cli import pose_models
 from everanimate_cli.model_table import Thresholds
 from everanimate_cli.pose_models import HeatmapEstimator, choose_crops, cut_patch
 
-POSE_DIR = Path(
-    os.environ.get("EVERANIMATE_POSE_DIR")
-    or Path(__file__).resolve().parents[1] / "golden" / "pose"
-)
-GOLDEN: dict[str, Any] = json.loads((POSE_DIR / "pose_golden.json").read_text(encoding="utf-8"))
 Case = dict[str, Any]
 DECODE: Case = GOLDEN["heatmap_decode_case"]
 NUM_PEAKS = len(DECODE["peaks_x_y_amplitude"])

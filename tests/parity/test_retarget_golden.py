@@ -6,24 +6,18 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pose_golden import GOLDEN, POSE_DIR
 
 from everanimate_cli import retarget, skeleton
 from everanimate_cli.retarget import RetargetPlan, measure
 
-POSE_DIR = Path(
-    os.environ.get("EVERANIMATE_POSE_DIR")
-    or Path(__file__).resolve().parents[1] / "golden" / "pose"
-)
-GOLDEN: dict[str, Any] = json.loads((POSE_DIR / "pose_golden.json").read_text(encoding="utf-8"))
 CASES: list[dict[str, Any]] = GOLDEN["retarget_cases"]
 Case = dict[str, Any]
 Floats = NDArray[np.float64]

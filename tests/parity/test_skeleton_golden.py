@@ -1,4 +1,4 @@
-"""Pose pictures, face boxes, letterboxes and canvas sizes against the released preprocessing.
+"""Pose pictures, face boxes and letterboxes against the released preprocessing.
 
 `pose_golden.json` records what that code made of synthetic bodies. The file allows 1 % of the lit
 pixels and one pixel per box side to differ, because its makers' own float32 path truncates some
@@ -7,24 +7,18 @@ here; the tolerance is used where the keypoints are float32.
 """
 
 import hashlib
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from pose_golden import GOLDEN, POSE_DIR
 
 from everanimate_cli import skeleton
+from everanimate_cli.images import fit_points
 
-POSE_DIR = Path(
-    os.environ.get("EVERANIMATE_POSE_DIR")
-    or Path(__file__).resolve().parents[1] / "golden" / "pose"
-)
-GOLDEN: dict[str, Any] = json.loads((POSE_DIR / "pose_golden.json").read_text(encoding="utf-8"))
 Case = dict[str, Any]
 FrameU8 = NDArray[np.uint8]
 
@@ -120,40 +114,17 @@ def test_letterboxed_picture(case: Case) -> None:
 
 
 @pytest.mark.parametrize("case", GOLDEN["letterbox_cases"], ids=lambda case: case["name"])
-def test_letterbox_box(case: Case) -> None:
-    source = (case["source_height"], case["source_width"])
-    canvas = (case["canvas_height"], case["canvas_width"])
-    x, y, width, height = case["content_rect_xywh"]
-    assert skeleton.letterbox_box(source, canvas) == (x, y, x + width, y + height)
-
-
-@pytest.mark.parametrize("case", GOLDEN["letterbox_cases"], ids=lambda case: case["name"])
 def test_keypoints_move_with_the_picture(case: Case) -> None:
     """Drawing moved keypoints lights the place where the drawn and then fitted picture is lit."""
     canvas = (case["canvas_height"], case["canvas_width"])
-    moved = skeleton.letterbox_keypoints(
-        keypoints_of(case), (case["source_height"], case["source_width"]), canvas
-    )
+    source = (case["source_height"], case["source_width"])
+    moved = fit_points(keypoints_of(case), source, canvas, "contain")
     drawn = skeleton.draw_pose(moved, *canvas)
     assert drawn.any()
     # Strokes differ in width and truncation by a pixel or two; a wrong margin or scale by many.
     fitted = np.asarray(read_rgb(case).any(axis=2), np.uint8)
     near = np.asarray(cv2.dilate(fitted, np.ones((5, 5), np.uint8)))
     assert not drawn[near == 0].any()
-
-
-@pytest.mark.parametrize(
-    "case",
-    GOLDEN["canvas_size_cases"],
-    ids=lambda case: f"{case['source'][0]}x{case['source'][1]}-{case['area']}",
-)
-def test_canvas_size(case: Case) -> None:
-    source_width, source_height = case["source"]
-    canvas = skeleton.canvas_size(source_height, source_width, area=case["area"])
-    assert canvas == (case["canvas"][1], case["canvas"][0])
-    x, y, width, height = case["content_rect_xywh"]
-    box = skeleton.letterbox_box((source_height, source_width), canvas)
-    assert box == (x, y, x + width, y + height)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from everanimate_cli.encode import VideoWriter
 from everanimate_cli.images import contain_box, fit_frame, fit_size
 from everanimate_cli.joining import join_videos
 from everanimate_cli.settings import Fit
-from everanimate_cli.video import Timeline, VideoReader, probe_video
+from everanimate_cli.video import Timeline, VideoReader
 
 NUM_FRAMES = 40
 
@@ -74,7 +74,7 @@ def test_a_join_has_the_frames_of_its_parts(
     times, decoded = decode_video(output)
     np.testing.assert_array_equal(decoded, np.concatenate([decode_video(p)[1] for p in parts]))
     assert times == list(range(0, len(frames) * 512, 512))
-    assert probe_video(output).rate == 25
+    assert VideoReader(output).info.rate == 25
 
 
 @given(st.lists(st.integers(1, 400), min_size=1, max_size=40), rates, st.data())

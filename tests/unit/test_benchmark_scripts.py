@@ -158,6 +158,7 @@ def test_rtmlib_is_asked_for(tmp_path: Path) -> None:
     """The script is run with everything but rtmlib."""
     hidden = "import importlib.util as u; f = u.find_spec; "
     hidden += "u.find_spec = lambda name: None if name == 'rtmlib' else f(name); "
+    hidden += f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); "  # as for a script by its path
     hidden += f"import runpy; runpy.run_path({str(EXTRACT_SCRIPT)!r}, run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-c", hidden], capture_output=True, text=True, cwd=tmp_path, check=False

@@ -21,9 +21,9 @@ def run_of_two_chunks(first: int = 0) -> list[Event]:
     return events
 
 
-def shown(events: list[Event], *, terminal: bool, quiet: bool = False) -> str:
+def shown(events: list[Event], *, terminal: bool, quiet: bool = False, width: int = 100) -> str:
     stream = io.StringIO()
-    console = Console(file=stream, force_terminal=terminal, width=100, color_system=None)
+    console = Console(file=stream, force_terminal=terminal, width=width, color_system=None)
     with show_progress(quiet=quiet, console=console) as on_event:
         for event in events:
             on_event(event)
@@ -36,6 +36,11 @@ def test_without_a_terminal_each_chunk_is_one_plain_line() -> None:
         "chunk 1/4: 20 frames in 40.0 s, 0.5 frames/s, peak 512 MiB, 2:00 left\n"
         "chunk 2/4: 20 frames in 40.0 s, 0.5 frames/s, peak 512 MiB, 1:20 left\n"
     )
+
+
+def test_one_frame_is_no_plural() -> None:
+    chunk = ChunkDone(chunk_index=0, num_frames=1, seconds=2.0)
+    assert Tally(num_chunks=1).chunk_line(chunk) == "chunk 1/1: 1 frame in 2.0 s"
 
 
 def test_short_chunks_do_not_fill_a_log() -> None:
@@ -102,6 +107,15 @@ def test_a_terminal_shows_a_bar_over_chunks_and_one_over_steps() -> None:
     assert "0.5 frames/s, peak 512 MiB" in chunks_bar
     assert "2/2" in steps_bar
     assert "steps" in steps_bar
+
+
+def test_a_narrow_terminal_keeps_the_counts_and_drops_the_speed() -> None:
+    last = shown(run_of_two_chunks(), terminal=True, width=40).rpartition("chunks")[2]
+    chunks_bar, steps_bar = last.splitlines()[:2]
+    assert "2/4" in chunks_bar
+    assert "2/2" in steps_bar
+    assert "frames/s" not in last
+    assert "…" not in last
 
 
 def test_notes_stand_above_the_bars_as_they_are_written() -> None:

@@ -31,7 +31,6 @@ from everanimate_cli.model_table import (
     DetectorModel,
     PoseModel,
     check_models,
-    describe_models,
 )
 
 # Long enough for ten reports; begins as every ONNX file does.
@@ -647,12 +646,6 @@ def test_openmmlab_files_have_rtmlibs_names_and_mirror() -> None:
         f"https://huggingface.co/Tau-J/RTMPose/resolve/main/{tail}",
     )
     assert file.name == "rtmw-dw-x-l_simcc-cocktail14_270e-384x288_20231122.onnx"
-
-
-def test_help_text_names_all() -> None:
-    lines = describe_models(POSE_MODELS).splitlines()
-    assert [line.split()[0] for line in lines] == list(POSE_MODELS)
-    assert lines[0] == "rtmw       RTMW-l at 384x288, the most accurate, 229 MB"
 
 
 def test_known_and_local_models_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,8 +12,8 @@ from everanimate_cli.frame_metrics import Unavailable, Whole
 from everanimate_cli.frechet import PairSums
 
 
-def features(count: int, size: int = 3) -> np.ndarray:
-    return np.random.default_rng(count).normal(size=(count, 2, size)).astype(np.float32)
+def features(count: int) -> np.ndarray:
+    return np.random.default_rng(count).normal(size=(count, 2, 3)).astype(np.float32)
 
 
 def write(path: Path, rows: np.ndarray) -> Path:

@@ -4,13 +4,13 @@ import json
 import shutil
 import struct
 import zipfile
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checkpoints import message_of
 from original import VAE_FILE, build_original_networks, name_transformer, write_original
 from safetensors.torch import save_file
 from tiny import TINY_DEFAULTS, write_tiny_checkpoint
@@ -30,11 +30,7 @@ DEEP = "[" * 100_000  # deeper than Python's parser goes
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 
 
-def refusal(call: Callable[[], object]) -> str:
-    with pytest.raises(WeightsError) as caught:
-        call()
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+refusal = partial(message_of, WeightsError)
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +57,9 @@ def wan(written: Path, tmp_path: Path) -> ModelSource:
 # --- safetensors and GGUF ------------------------------------------------------------------------
 
 
-def write_header(path: Path, header: str, data: bytes = b"1234") -> Path:
+def write_header(path: Path, header: str) -> Path:
     encoded = header.encode()
-    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + data)
+    path.write_bytes(struct.pack("<Q", len(encoded)) + encoded + b"1234")
     return path
 
 

@@ -1,7 +1,5 @@
-import errno
-import json
-import os
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -9,22 +7,20 @@ import numpy.typing as npt
 import pytest
 from media import corner_frame, corners, moving_frames
 from PIL import Image
+from pose_golden import GOLDEN
 
 from everanimate_cli.errors import MediaError, SettingsError
 from everanimate_cli.images import (
-    atomic_path,
     contain_box,
     fit_frame,
+    fit_points,
     fit_size,
     read_image,
     write_png,
 )
 from everanimate_cli.settings import Fit
 
-GOLDEN = json.loads(
-    (Path(__file__).parents[1] / "golden" / "canvas_sizes.json").read_text(encoding="utf-8")
-)["cases"]
-
+Case = dict[str, Any]
 ORIENTATION_TAG = 0x0112
 
 
@@ -201,61 +197,49 @@ def test_png_round_trip_replaces_the_file_and_leaves_nothing_else(tmp_path: Path
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_an_exception_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "result.bin"
-    path.write_bytes(b"old")
-
-    def fill_the_disk() -> None:
-        with atomic_path(path) as temporary:
-            temporary.write_bytes(b"half")
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with pytest.raises(OSError, match="No space left") as caught:
-        fill_the_disk()
-    assert caught.value.errno == errno.ENOSPC
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+@pytest.mark.parametrize("case", GOLDEN["canvas_size_cases"])
+def test_canvas_size_and_content_equal_the_golden_ones(case: Case) -> None:
+    (source_width, source_height), (width, height) = case["source"], case["canvas"]
+    assert fit_size(source_height, source_width, case["area"], 16) == (height, width)
+    left, top, content_width, content_height = case["content_rect_xywh"]
+    box = contain_box(source_height, source_width, height, width)
+    assert box == (top, left, content_height, content_width)
 
 
-def test_the_content_is_on_disk_before_the_name_changes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("case", GOLDEN["letterbox_cases"], ids=lambda case: case["name"])
+def test_content_box_equals_the_golden_one(case: Case) -> None:
+    left, top, content_width, content_height = case["content_rect_xywh"]
+    sizes = ("source_height", "source_width", "canvas_height", "canvas_width")
+    box = contain_box(*(case[name] for name in sizes))
+    assert box == (top, left, content_height, content_width)
+
+
+@pytest.mark.parametrize(
+    ("source", "canvas", "expected"),
+    [
+        ((100, 200), (100, 200), (0, 0, 100, 200)),
+        ((100, 200), (100, 100), (25, 0, 50, 100)),
+        ((200, 100), (100, 100), (0, 25, 100, 50)),
+        ((3, 4), (10, 10), (1, 0, 7, 10)),  # 7.5 rows floored to 7, margin 1.5 to 1
+        ((1, 1000), (100, 100), (49, 0, 1, 100)),  # a tenth of a row is still drawn
+        ((1000, 1), (100, 100), (0, 49, 100, 1)),
+    ],
+)
+def test_content_box_by_hand(
+    source: tuple[int, int], canvas: tuple[int, int], expected: tuple[int, int, int, int]
 ) -> None:
-    path, synced = tmp_path / "result", []
-    plain = os.fsync
-
-    def recorded(descriptor: int) -> None:
-        plain(descriptor)
-        synced.append(path.exists())
-
-    monkeypatch.setattr(os, "fsync", recorded)
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(b"new")
-    assert synced == [False, True]  # the file, then the folder that names it
+    assert contain_box(*source, *canvas) == expected
 
 
-def test_a_result_has_the_usual_permissions(tmp_path: Path) -> None:
-    """Files of the tempfile module are readable by their owner only, also after a rename."""
-    usual = tmp_path / "usual"
-    usual.touch()
-    with atomic_path(tmp_path / "result") as temporary:
-        temporary.write_bytes(b"new")
-    assert (tmp_path / "result").stat().st_mode == usual.stat().st_mode
-
-
-def test_a_long_name_still_has_a_temporary_name(tmp_path: Path) -> None:
-    path = tmp_path / ("n" * 250 + ".png")
-    write_png(path, moving_frames(1)[0])
-    assert path.exists()
-
-
-@pytest.mark.parametrize("case", GOLDEN)
-def test_content_box_equals_the_golden_one(case: dict[str, list[int]]) -> None:
-    assert list(contain_box(*case["source_hw"], *case["canvas_hw"])) == case["content_tlhw"]
-
-
-@pytest.mark.parametrize("case", [case for case in GOLDEN if "area" in case])
-def test_canvas_size_equals_the_golden_one(case: dict[str, list[int]]) -> None:
-    assert list(fit_size(*case["source_hw"], case["area"], 16)) == case["canvas_hw"]
+def test_points_use_the_scale_of_the_floored_content() -> None:
+    """4 x 3 px on 10 x 10: 2.5 across, but 7 rows for 3 down, and one row of margin."""
+    points = np.array([[0, 0, 0.3], [4, 3, 0.9], [2, 1.5, np.nan]])
+    np.testing.assert_allclose(
+        fit_points(points, (3, 4), (10, 10), "contain"),
+        [[0, 1, 0.3], [10, 8, 0.9], [5, 4.5, np.nan]],
+        rtol=0,
+        atol=1e-12,
+    )
 
 
 def test_canvas_size_by_hand() -> None:

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from loras import fuse_loras
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everanimate_cli.errors import SettingsError, WeightsError
-from everanimate_cli.lora import fuse_loras, released_key
+from everanimate_cli.lora import released_key
 from everanimate_cli.lora_adapter import (
     attach_lora,
     load_initial_lora,
@@ -48,21 +49,7 @@ def trained(alpha: float = RANK) -> EverAnimateTransformer3DModel:
 
 @pytest.fixture(scope="module")
 def inputs() -> dict[str, Tensor]:
-    """One chunk of five target latents and two identity slots."""
-    generator = torch.Generator().manual_seed(2)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    channels = 2 * tiny.LATENT_CHANNELS + 4
-    return {
-        "hidden_states": draw(1, channels, 5, 6, 8),
-        "timestep": torch.tensor([600.0], dtype=torch.float64),
-        "encoder_hidden_states": draw(1, 512, tiny.TEXT_DIM),
-        "encoder_hidden_states_image": draw(1, 17, tiny.CLIP_DIM),
-        "pose_embeds": draw(1, tiny.INNER_DIM, 3, 3, 4),
-        "face_tokens": draw(1, 3, 5, tiny.INNER_DIM),
-    }
+    return tiny.draw_inputs(seed=2)
 
 
 @torch.no_grad()

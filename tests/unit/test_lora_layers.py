@@ -9,12 +9,13 @@ import pytest
 import tiny
 import torch
 from diffusers.quantizers.gguf.utils import GGUFLinear, GGUFParameter
+from loras import fuse_loras
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from everanimate_cli.errors import SettingsError, WeightsError
-from everanimate_cli.lora import LORA_TARGET_PATTERN, fuse_loras, released_key
+from everanimate_cli.lora import LORA_TARGET_PATTERN, released_key
 from everanimate_cli.lora_layers import (
     UpdatedLinear,
     attach_loras,
@@ -69,19 +70,7 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> Loras:
 
 @torch.no_grad()
 def run(made: EverAnimateTransformer3DModel) -> Tensor:
-    generator = torch.Generator().manual_seed(2)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(made.dtype)
-
-    velocity: Tensor = made(
-        draw(1, 2 * tiny.LATENT_CHANNELS + 4, 5, 6, 8),
-        torch.tensor([600.0], dtype=torch.float64),
-        draw(1, 512, tiny.TEXT_DIM),
-        draw(1, 17, tiny.CLIP_DIM),
-        draw(1, tiny.INNER_DIM, 3, 3, 4),
-        draw(1, 3, 5, tiny.INNER_DIM),
-    )
+    velocity: Tensor = made(**tiny.draw_inputs(seed=2, dtype=made.dtype))
     return velocity.float()
 
 

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from diffusers.hooks import apply_layerwise_casting
+from graphs import CountingBackend
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.testing import assert_close
@@ -26,7 +27,6 @@ from everanimate_cli.offloading import stream_blocks
 from everanimate_cli.transformer import EverAnimateTransformer3DModel
 
 CPU = torch.device("cpu")
-K_ID, T = 2, 3
 
 
 def build(dtype: torch.dtype = torch.bfloat16) -> EverAnimateTransformer3DModel:
@@ -43,19 +43,7 @@ def store_by_hooks(network: EverAnimateTransformer3DModel) -> None:
 
 
 def velocity(network: EverAnimateTransformer3DModel) -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(network.dtype)
-
-    return network(
-        draw(1, 2 * tiny.LATENT_CHANNELS + 4, K_ID + T, 4, 6),
-        torch.tensor([700.0]),
-        draw(1, 512, tiny.TEXT_DIM),
-        draw(1, 257, tiny.CLIP_DIM),
-        draw(1, tiny.INNER_DIM, T, 2, 3),
-        draw(1, T, 5, tiny.INNER_DIM),
-    )
+    return network(**tiny.draw_inputs(cells=(4, 6), dtype=network.dtype))
 
 
 def add_separate_lora(network: nn.Module, folder: Path) -> None:
@@ -137,17 +125,6 @@ def test_a_compiled_block_has_no_break() -> None:
     torch._dynamo.reset()
     explained = torch._dynamo.explain(network.blocks[0])(*given)
     assert (explained.graph_count, explained.graph_break_count) == (1, 0)
-
-
-class CountingBackend:
-    """Runs what it is given as it is, and keeps which functions that calls."""
-
-    def __init__(self) -> None:
-        self.called: list[set[str]] = []
-
-    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Tensor]) -> Any:
-        self.called.append({str(node.target) for node in graph.graph.nodes})
-        return graph.forward
 
 
 @pytest.mark.parametrize(("streamed", "with_lora"), [(False, False), (True, True)])

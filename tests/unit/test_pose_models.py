@@ -67,10 +67,10 @@ def ignore(_event: Event) -> None:
 class Builder:
     """Puts an ONNX file together."""
 
-    def __init__(self, size: tuple[int, int], batch: int | str = 1, seed: int = 0) -> None:
+    def __init__(self, size: tuple[int, int], batch: int | str = 1) -> None:
         self.size = size
         self.batch = batch
-        self.rng = np.random.default_rng(seed)
+        self.rng = np.random.default_rng(0)
         self.nodes: list[onnx.NodeProto] = []
         self.weights: dict[str, NDArray[Any]] = {}
 
@@ -416,7 +416,6 @@ def test_heatmap_network_sees_the_released_crop(
     """Black outside the frame before normalisation, bilinear in floats."""
     vitpose = PoseModel(
         files=(publish("heatmap.onnx"),),
-        about="",
         detector="toy",
         thresholds=Thresholds(body=1, hand=1, face=1),
         channels=channels,
@@ -500,7 +499,7 @@ def test_score_threshold_of_the_table(
     files = (publish("yolox.onnx"),)
     counts = []
     for score in (None, 0.3, 0.9):
-        entry = DetectorModel(files=files, about="", score_threshold=score)
+        entry = DetectorModel(files=files, score_threshold=score)
         monkeypatch.setitem(DETECTORS, "yolox-l", entry)
         counts.append(len(load(detector="yolox-l").detector.detect(FRAMES["wide"]).boxes))
     usual, many, few = counts
@@ -673,11 +672,10 @@ def test_published_models_come_as_a_pair(
     """The pose model's own thresholds and detector; every file is in the record."""
     vitpose = PoseModel(
         files=(publish("heatmap.onnx"), publish("simcc.onnx")),  # the second stands for weights
-        about="",
         detector="yolov10m",
         thresholds=POSE_MODELS["vitpose"].thresholds,
     )
-    yolo = DetectorModel(files=(publish("yolov10.onnx"),), about="", channels="rgb")
+    yolo = DetectorModel(files=(publish("yolov10.onnx"),), channels="rgb")
     monkeypatch.setitem(POSE_MODELS, "vitpose", vitpose)
     monkeypatch.setitem(DETECTORS, "yolov10m", yolo)
     models = load_models("vitpose", None, provider="cpu", threads=1, on_event=ignore)

@@ -48,8 +48,8 @@ def write_run(name: str = "dance_anna.mp4.run", files: tuple[str, ...] = ("run.j
         write(f"{name}/{file}", b"{}")
 
 
-def write_demo(seed: int = 0) -> None:
-    write("demo/driving.json", json.dumps({"seed": seed, "seconds": 10.0}).encode())
+def write_demo() -> None:
+    write("demo/driving.json", json.dumps({"seed": 0, "seconds": 10.0}).encode())
 
 
 def nothing() -> None:
@@ -415,6 +415,11 @@ def test_options_of_an_extraction_need_a_raw_video(options: dict[str, Any], text
             {"output": Path("w.mp4"), "pose_folder": Path("no/where")},
             "--pose-folder no/where cannot be made: the folder no does not exist. Make it first, "
             "or give another path.",
+        ),
+        (
+            {"output": Path("no/w.mp4")},
+            "--output no/w.mp4 cannot be written: the folder no does not exist. Make it first, or "
+            "give another path.",
         ),
         (
             {"pose_model": "mine.onnx"},

@@ -12,6 +12,7 @@ from everanimate_cli.settings import (
     HUB_PRESET,
     AnimateSettings,
     DemoSettings,
+    ExtractSettings,
     ModelDefaults,
     combine,
     read_model_defaults,
@@ -116,7 +117,14 @@ def animate(**options: Any) -> AnimateSettings:
             {"size": "832"},
             "--size 832 is not a size. Write WIDTHxHEIGHT (832x480) or auto.",
         ),
-        ({"output": Path("anna.avi")}, "--output anna.avi does not end in .mp4."),
+        (
+            {"size": "16400x64"},
+            "--size 16400x64 is too large. Sides have 16384 pixels at most.",
+        ),
+        (
+            {"output": Path("anna.avi")},
+            "--output anna.avi does not end in .mp4. Give a name that does.",
+        ),
         ({"crf": 52}, "--crf 52 is too large. Give 51 or less."),
         ({"crf": -1}, "--crf -1 is too small. Give 0 or more."),
         ({"codec": "av1"}, "--codec av1 is unknown. Known: h264, h265."),
@@ -212,6 +220,16 @@ def test_requested_frames_at_12_5_fps(length: dict[str, Any], frames: int | None
 def test_default_output_is_named_after_the_inputs(inputs: dict[str, Any], name: str) -> None:
     assert animate(**inputs).default_output == Path(name)
     assert resolve(animate(**inputs), HUB_PRESET).output == Path(name)
+
+
+def test_default_output_has_the_name_of_a_link_not_of_what_it_leads_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("3fa8").touch()
+    Path("waltz.mp4").symlink_to("3fa8")
+    assert animate(driving=Path("waltz.mp4")).default_output == Path("waltz_anna.mp4")
+    assert ExtractSettings(video=Path("waltz.mp4")).default_output == Path("waltz_pose")
 
 
 def test_default_output_of_the_current_folder_has_its_name(

@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from everanimate_cli import skeleton
-from everanimate_cli.errors import SettingsError
+from everanimate_cli.images import fit_points
 
 NOSE, LEFT_SHOULDER, RIGHT_SHOULDER, RIGHT_ELBOW, RIGHT_ANKLE = 0, 5, 6, 8, 16
 LEFT_BIG_TOE, LEFT_SMALL_TOE, RIGHT_HEEL = 17, 18, 22
@@ -253,7 +253,7 @@ class TestDrawPose:
         assert 0.05 < np.mean(picture.any(axis=2)) < 0.15
 
     def test_smallest_canvas_keeps_the_figure_legible(self) -> None:
-        keypoints = skeleton.letterbox_keypoints(small_person(), (128, 128), (64, 64))
+        keypoints = fit_points(small_person(), (128, 128), (64, 64), "contain")
         picture = skeleton.draw_pose(keypoints, 64, 64)
         assert 0.1 < np.mean(picture.any(axis=2)) < 0.3
         assert tuple(picture[36, 38]) == (0, 85, 255)  # left hip
@@ -350,61 +350,7 @@ class TestCropFace:
         np.testing.assert_array_equal(picture[0, :, 0], [0, 25, 75, 100])
 
 
-class TestCanvasSize:
-    @pytest.mark.parametrize(
-        ("height", "width", "area", "expected"),
-        [
-            (1080, 1920, 1280 * 720, (720, 1280)),
-            (1920, 1080, 1280 * 720, (1280, 720)),
-            (1080, 1920, 832 * 480, (464, 832)),
-            (480, 832, 832 * 480, (480, 832)),
-            (20, 20, 64 * 64, (64, 64)),
-        ],
-    )
-    def test_sides_are_floored_to_sixteens(
-        self, height: int, width: int, area: int, expected: tuple[int, int]
-    ) -> None:
-        assert skeleton.canvas_size(height, width, area=area) == expected
-
-    def test_default_area_is_720p(self) -> None:
-        assert skeleton.canvas_size(1080, 1920) == (720, 1280)
-
-    def test_too_narrow_a_picture_says_what_to_do(self) -> None:
-        message = (
-            "a 10000x10 picture on 100000 pixels gives a 10000x0 canvas, and each side needs at "
-            "least 16. Give a size, or a picture that is less narrow."
-        )
-        with pytest.raises(SettingsError, match=f"^{re.escape(message)}$"):
-            skeleton.canvas_size(10, 10000, area=100000)
-
-
 class TestLetterbox:
-    @pytest.mark.parametrize(
-        ("source", "canvas", "expected"),
-        [
-            ((100, 200), (100, 200), (0, 0, 200, 100)),
-            ((100, 200), (100, 100), (0, 25, 100, 75)),
-            ((200, 100), (100, 100), (25, 0, 75, 100)),
-            ((1080, 1920), (480, 832), (0, 6, 832, 474)),
-            ((3, 4), (10, 10), (0, 1, 10, 8)),  # 7.5 rows floored to 7, margin 1.5 to 1
-            ((1, 1000), (100, 100), (0, 49, 100, 50)),  # a tenth of a row is still drawn
-            ((1000, 1), (100, 100), (49, 0, 50, 100)),
-        ],
-    )
-    def test_content_box(
-        self, source: tuple[int, int], canvas: tuple[int, int], expected: tuple[int, int, int, int]
-    ) -> None:
-        assert skeleton.letterbox_box(source, canvas) == expected
-
-    def test_keypoints_use_the_scale_of_the_floored_content(self) -> None:
-        """4 x 3 px on 10 x 10: 2.5 across, but 7 rows for 3 down, and one row of margin."""
-        moved = skeleton.letterbox_keypoints(
-            np.array([[0, 0, 0.3], [4, 3, 0.9], [2, 1.5, np.nan]]), (3, 4), (10, 10)
-        )
-        np.testing.assert_allclose(
-            moved, [[0, 1, 0.3], [10, 8, 0.9], [5, 4.5, np.nan]], rtol=0, atol=1e-12
-        )
-
     @pytest.mark.parametrize("source", [(90, 160), (160, 90), (48, 80), (480, 853)])
     def test_keypoints_and_picture_agree(self, source: tuple[int, int]) -> None:
         """A bright rectangle lands where its corners do."""
@@ -414,11 +360,9 @@ class TestLetterbox:
         fitted = skeleton.letterbox_frame(frame, canvas)
         assert fitted.shape == (*canvas, 3)
         rows, columns = np.nonzero(fitted[..., 0] >= 128)
-        corners = skeleton.letterbox_keypoints(
-            np.array([[20, 10, 1.0], [60, 40, 1.0]]), source, canvas
-        )
+        corners = fit_points(np.array([[20.0, 10.0], [60.0, 40.0]]), source, canvas, "contain")
         found = [[columns.min(), rows.min()], [columns.max() + 1, rows.max() + 1]]
-        np.testing.assert_allclose(corners[:, :2], found, rtol=0, atol=0.51)
+        np.testing.assert_allclose(corners, found, rtol=0, atol=0.51)
 
     def test_margins_are_black(self) -> None:
         fitted = skeleton.letterbox_frame(np.full((10, 20, 3), 255, np.uint8), (20, 20))

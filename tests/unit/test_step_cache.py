@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from everanimate_cli.memory import chunk_noise
 from everanimate_cli.placement import Job, estimate, released_sizes
 from everanimate_cli.placement_settings import Placement
 from everanimate_cli.resume import load_chunk, save_chunk
@@ -261,26 +260,9 @@ def test_what_steps_share_is_computed_once(transformer: EverAnimateTransformer3D
 
 
 def build_rollout(threshold: float | None, guidance_scale: float = 1.0) -> Rollout:
-    pipeline = tiny.build_tiny_pipeline()
-    frames = np.random.default_rng(0).integers(0, 256, (30, 16, 32, 3), dtype=np.uint8)
-    shape = (1, tiny.LATENT_CHANNELS, 3, 2, 4)
-    return Rollout(
-        pipeline=pipeline,
-        reference_u8=frames[0],
-        picture_u8=frames[0],
-        views_u8=[],
-        read_driving=lambda k: (frames[k : k + 5], frames[k : k + 5, :, :16]),
-        noise=lambda k: chunk_noise(3, k, shape),
-        anchor_frame_indices=[],
-        prompt_embeds=pipeline.encode_prompt("dance"),
-        negative_prompt_embeds=pipeline.encode_prompt("blurred") if guidance_scale != 1 else None,
-        num_chunks=3,
-        frames_per_chunk=5,
-        overlap=4,
-        num_identity_slots=1,
-        num_inference_steps=NUM_STEPS,
-        shift=5.0,
+    return tiny.build_tiny_rollout(
         guidance_scale=guidance_scale,
+        num_inference_steps=NUM_STEPS,
         step_cache_threshold=threshold,
     )
 
