@@ -61,7 +61,7 @@ def torchao(monkeypatch: pytest.MonkeyPatch) -> None:
                 packed = layer.weight.data.to(torch.int8)
                 layer.weight = nn.Parameter(packed, requires_grad=False)
 
-    stand_in = types.SimpleNamespace(quantize_=quantize_, Int8WeightOnlyConfig=object)
+    stand_in = types.SimpleNamespace(quantize_=quantize_, Int8WeightOnlyConfig=dict)
     monkeypatch.setitem(sys.modules, "torchao", types.ModuleType("torchao"))
     monkeypatch.setitem(sys.modules, "torchao.quantization", stand_in)
     monkeypatch.setattr(offloading, "find_spec", lambda name: name)
