@@ -94,8 +94,11 @@ def check_animate(settings: AnimateSettings) -> None:
         inputs.append(settings.driving)
         check_models(settings.pose_model or DEFAULT_POSE_MODEL, settings.detector)
     output = settings.default_output if settings.output is None else settings.output
+    run = RunFolder(run_folder(output))
+    if not settings.dry_run:
+        run.finish_removal()
     # What an earlier run of the same result has made may be replaced: it is that run's own.
-    continues = settings.resume and RunFolder(run_folder(output)).holds_run()
+    continues = settings.resume and run.holds_run()
     may_replace = settings.overwrite or continues
     _check_output(output, may_replace=may_replace)
     if settings.driving is not None and not settings.driving.is_dir():
@@ -104,7 +107,7 @@ def check_animate(settings: AnimateSettings) -> None:
     if output.resolve() in {path.resolve() for path in inputs if path is not None}:
         raise InputError(f"--output {output} is also an input. Give another name.")
     if settings.png is not None:
-        pictures = RunFolder(run_folder(output)).read_pictures() if continues else None
+        pictures = run.read_pictures() if continues else None
         is_own = pictures is not None and pictures.folder == settings.png.resolve()
         _check_png_folder(settings.png, may_replace=settings.overwrite or is_own)
 
@@ -142,6 +145,7 @@ def check_extract(settings: ExtractSettings, *, lists_only: bool = False) -> Non
                 "Give another folder."
             )
     work = ExtractFolder(run_folder(output))
+    work.finish_removal()
     if settings.overwrite or (settings.resume and work.holds_run()):
         return
     present = [name for name in POSE_FOLDER_FILES if (output / name).exists()]
@@ -326,8 +330,9 @@ def check_demo(settings: DemoSettings) -> None:
     if settings.overwrite:
         return
     advice = "Add --overwrite to replace it, or give another folder."
-    continues = RunFolder(run_folder(settings.output)).holds_run()
-    if settings.output.exists() and not continues:
+    run = RunFolder(run_folder(settings.output))
+    run.finish_removal()
+    if settings.output.exists() and not run.holds_run():
         raise InputError(f"DIR {directory} holds an earlier {settings.output.name}. {advice}")
     names = (
         demo_record_path(directory).name,

@@ -112,14 +112,11 @@ class WorkFolder:
         return count
 
     def holds_run(self) -> bool:
-        """Whether there is a run, or what a removal that was cut short has left of one."""
-        return any(
-            path.name == _REQUEST_FILE or self.part_file.fullmatch(path.name)
-            for path in self._files()
-        )
+        """Whether there is a run that can go on."""
+        return any(path.name == _REQUEST_FILE for path in self._files())
 
     def holds_files(self) -> bool:
-        """Whether any file in it is of this program."""
+        """Whether there is a run, or what a removal that was cut short has left of one."""
         return bool(self._files())
 
     def clear(self) -> None:
@@ -143,6 +140,15 @@ class WorkFolder:
         with suppress(OSError):
             (self.path / _LOCK_FILE).unlink()
             self.path.rmdir()
+
+    def finish_removal(self) -> None:
+        """Delete what a removal that was killed has left; not where a process is at work."""
+        with suppress(OSError):  # whoever uses the folder next is told
+            if not self.path.is_dir() or self.holds_run():
+                return
+            with self.hold() as is_ours:
+                if is_ours and not self.holds_run():
+                    self.remove()
 
     @contextmanager
     def hold(self) -> Iterator[bool]:
@@ -424,7 +430,7 @@ def list_runs(folder: Path) -> list[RunSummary]:
     for path in paths:
         name = path.name.lower()
         run = RunFolder(path) if name.endswith(f".mp4{_RUN_SUFFIX}") else ExtractFolder(path)
-        if not name.endswith(_RUN_SUFFIX) or not run.holds_run():
+        if not name.endswith(_RUN_SUFFIX) or not run.holds_files():
             continue
         num_bytes, newest_s = run.measure()
         found.append(

@@ -253,10 +253,12 @@ def test_a_result_that_another_process_has_just_finished_is_not_replaced(
     assert not RUN.path.exists()
 
 
-def test_a_removal_that_was_killed_is_finished(animate: Animate, place: Path) -> None:
+@pytest.mark.parametrize("left", ["*.safetensors", "lock", "nothing"])
+def test_a_removal_that_was_killed_is_finished(animate: Animate, place: Path, left: str) -> None:
     """The request goes first, so that chunks of one run never become those of another."""
     assert animate("-o", ANNA, "--frames", "10", "--keep-run").code == 0
-    RUN.request_path.unlink()
+    for path in set(RUN.path.iterdir()) - set(RUN.path.glob(left)):
+        path.unlink()
     refused = animate("-o", ANNA, "--frames", "10", "--seed", "1")
     assert refused.err == (
         "error: --output anna.mp4 exists. Add --overwrite to replace it, or give another name.\n"

@@ -310,12 +310,26 @@ def test_what_can_work_passes_and_nothing_is_written(inputs: Path, options: dict
     assert sorted(inputs.rglob("*")) == before
 
 
-@pytest.mark.parametrize("files", [("run.json",), ("00000.safetensors",), ("00003_4-9.mp4",)])
-def test_the_run_that_made_a_result_may_replace_it(files: tuple[str, ...]) -> None:
-    write_run(files=files)
+def test_the_run_that_made_a_result_may_replace_it() -> None:
+    write_run(files=("run.json", "00000.safetensors"))
     write("dance_anna.mp4")
     write("dance_anna.json")
     check_animate(settings())
+
+
+@pytest.mark.parametrize("files", [("00000.safetensors",), ("00003_4-9.mp4", "lock"), ("lock",)])
+def test_what_a_killed_removal_has_left_goes(inputs: Path, files: tuple[str, ...]) -> None:
+    write("dance_anna.mp4")
+    before = sorted(inputs.rglob("*"))
+    write_run(files=files)
+    with_remains = sorted(inputs.rglob("*"))
+    check_animate(settings(output=Path("other.mp4")))
+    with pytest.raises(InputError, match=r"exists\. Add --overwrite"):
+        check_animate(settings(dry_run=True))
+    assert sorted(inputs.rglob("*")) == with_remains
+    with pytest.raises(InputError, match=r"exists\. Add --overwrite"):
+        check_animate(settings())
+    assert sorted(inputs.rglob("*")) == before
 
 
 def test_the_settings_of_an_earlier_result_may_be_replaced() -> None:
