@@ -10,6 +10,7 @@ import glob
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import UTC
 from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from shlex import quote
@@ -72,9 +73,9 @@ TOY_FOLDER = Path(__file__).parent / "toy_model"
 
 # What a Hub id without "@revision" means; repositories that are not listed mean "main". The base
 # is the upload that diffusers' authors made; its file pages name the commit in short. That of the
-# released LoRA could not be looked up where this was written: its branch is resolved once, from
-# then on the local cache answers, and the file's hash is recorded with every result.
-HUB_REVISIONS = {HUB_MODEL: "6f4df10", "epfl-vita/everanimate": "main"}
+# released LoRAs could not be looked up where this was written, but the authors' script fetches them
+# by these names since 2026-05-28.
+HUB_REVISIONS = {HUB_MODEL: "6f4df10", "epfl-vita/everanimate": "2026-05-31"}
 # The released base as diffusers' conversion script writes it: 17.275 B parameters of the
 # transformer in float32, text and image encoder in bfloat16, VAE in float32.
 _HUB_MODEL_BYTES = {
@@ -129,6 +130,7 @@ _HUB_TIMEOUT_S = 10.0
 _NO_ACCESS = (401, 403, 404)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHORT_COMMIT = re.compile(r"[0-9a-f]{7,39}")  # as git and the Hub's pages write it
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -758,9 +760,10 @@ def _ask_hub(asset: Asset, problem: str) -> ModelInfo:
 
 
 def _describe_repository(repository: str, revision: str) -> ModelInfo:
-    """A repository at a revision, which may be the beginning of a commit of its main branch.
+    """A repository at a revision.
 
-    The Hub itself takes whole commits only.
+    Beside branches, tags and whole commits, which the Hub itself takes, the beginning of a commit
+    of the main branch, or a day, which means the last commit of that day (UTC) or before.
     """
 
     def ask(revision: str) -> ModelInfo:
@@ -769,12 +772,20 @@ def _describe_repository(repository: str, revision: str) -> ModelInfo:
         )
 
     api = huggingface_hub.HfApi()
+    if _DAY.fullmatch(revision):
+        try:
+            return ask(revision)  # a tag may be called so
+        except RevisionNotFoundError:
+            for commit in api.list_repo_commits(repository):  # the newest first
+                if commit.created_at.astimezone(UTC).date().isoformat() <= revision:
+                    return ask(commit.commit_id)
+            raise
     if not _SHORT_COMMIT.fullmatch(revision):
         return ask(revision)
     newest = ask(hub_constants.DEFAULT_REVISION)
     if str(newest.sha).startswith(revision):
         return newest
-    commits = (str(commit.commit_id) for commit in api.list_repo_commits(repository))
+    commits = [commit.commit_id for commit in api.list_repo_commits(repository)]
     begun = [commit for commit in commits if commit.startswith(revision)]
     return ask(begun[0] if len(begun) == 1 else revision)
 

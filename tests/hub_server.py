@@ -15,6 +15,7 @@ import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REVISIONS = ("main", "v1", COMMIT)
+DAY, LATER_DAY = "2025-11-13", "2026-06-10"  # of this commit and of the one in `Hub.moves_to`
 LARGE = (".safetensors", ".gguf", ".pth")  # files that git leaves to LFS
 
 Answer = tuple[int, dict[str, str], bytes]
@@ -83,9 +84,9 @@ class Hub:
 
     def answer(self, request: Request) -> Answer:
         api = re.fullmatch(
-            r"/api/models/([\w-]+/[\w.-]+)/(revision|tree|commits)/([\w.]+)(?:\?.*)?", request.path
+            r"/api/models/([\w-]+/[\w.-]+)/(revision|tree|commits)/([\w.-]+)(?:\?.*)?", request.path
         )
-        file = re.fullmatch(r"/([\w-]+/[\w.-]+)/resolve/([\w.]+)/(.+)", request.path)
+        file = re.fullmatch(r"/([\w-]+/[\w.-]+)/resolve/([\w.-]+)/(.+)", request.path)
         stored = re.fullmatch(r"/cdn/([\w-]+/[\w.-]+)/([^?]+)(?:\?(\w+))?", request.path)
         if not (api or file or stored):  # the library also asks about other things now and then
             return 404, {}, b""
@@ -124,8 +125,8 @@ class Hub:
         described: object
         if kind == "commits":
             described = [
-                {"id": name, "authors": [], "date": "2025-11-13T12:00:00.000Z"}
-                | {"title": "Upload", "message": ""}
+                {"id": name, "authors": [], "title": "Upload", "message": ""}
+                | {"date": f"{DAY if name == COMMIT else LATER_DAY}T23:30:00.000Z"}
                 for name in dict.fromkeys((commit, COMMIT))
             ]
         elif kind == "revision":

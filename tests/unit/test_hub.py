@@ -15,7 +15,7 @@ from typing import IO, Any
 import huggingface_hub
 import pytest
 import torch
-from hub_server import COMMIT, Hub, use_hub
+from hub_server import COMMIT, DAY, LATER_DAY, Hub, use_hub
 from original import build_original_networks, write_original
 from tiny import TINY_DEFAULTS, write_tiny_checkpoint
 
@@ -186,13 +186,38 @@ def test_the_beginning_of_a_commit_means_it_when_the_branch_has_gone_on(hub: Hub
     assert (newest.parent.name, newest.read_bytes()) == ("f" * 40, WEIGHTS[1:])
 
 
-def test_a_branch_may_be_called_like_a_commit(hub: Hub) -> None:
+def test_a_day_means_what_was_newest_then(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
-    assert "has no revision decade5." in message_of(
-        WeightsError, lambda: locate_lora(LoraSpec(f"{LORA.source}@decade5"))
+    hub.moves_to["owner/lora"] = ("f" * 40, {"a.safetensors": WEIGHTS[1:]})
+    found = [
+        locate_lora(LoraSpec(f"{LORA.source}@{day}")).parent.name
+        for day in (DAY, "2026-06-09", LATER_DAY, "2030-01-01")
+    ]
+    assert found == [COMMIT, COMMIT, "f" * 40, "f" * 40]
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert locate_lora(LoraSpec(f"{LORA.source}@{DAY}")).parent.name == COMMIT
+
+
+@pytest.mark.parametrize("name", ["decade5", "2025-11-12"])
+def test_a_branch_may_be_called_like_a_commit_or_a_day(hub: Hub, name: str) -> None:
+    hub.repositories["owner/lora"] = {"a.safetensors": WEIGHTS}
+    assert f"has no revision {name}." in message_of(
+        WeightsError, lambda: locate_lora(LoraSpec(f"{LORA.source}@{name}"))
     )
-    hub.branches.add("decade5")
-    assert locate_lora(LoraSpec(f"{LORA.source}@decade5")).parent.name == COMMIT
+    hub.branches.add(name)
+    assert locate_lora(LoraSpec(f"{LORA.source}@{name}")).parent.name == COMMIT
+
+
+def test_the_released_loras_are_those_of_one_day(hub: Hub) -> None:
+    (spec,) = HUB_PRESET.lora
+    repository, name = "epfl-vita/everanimate", spec.source.split("/", 2)[2]
+    hub.repositories[repository] = {name: WEIGHTS}
+    hub.moves_to[repository] = ("f" * 40, {name: WEIGHTS[1:]})
+    endpoint = huggingface_hub.constants.ENDPOINT
+    huggingface_hub.HfApi(endpoint).model_info(repository, revision="main")
+    assert locate_lora(spec).read_bytes() == WEIGHTS
+    newest = LoraSpec(f"{spec.source}@main")
+    assert locate_lora(newest).read_bytes() == WEIGHTS[1:]
 
 
 def test_the_default_base_is_of_one_commit_wherever_its_branch_has_gone(
