@@ -61,6 +61,8 @@ _EXTRACT_OPTIONS = ("pose_model", "detector", "person", "select", "retarget", "p
 def check_animate(settings: AnimateSettings) -> None:
     """Refuse a run whose inputs are missing or whose output cannot be written.
 
+    Unless nothing is to be written, what a killed removal has left of an earlier run goes.
+
     Raises:
         InputError: If a file or folder is missing, empty, of the wrong kind or in the way.
         SettingsError: If the model's or a LoRA's name fits nothing.

@@ -31,6 +31,7 @@ import os
 import re
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -70,7 +71,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class WorkFolder:
+class WorkFolder(ABC):
     """The files of one piece of work that can be continued.
 
     Attributes:
@@ -96,9 +97,9 @@ class WorkFolder:
         """What the run was asked to do."""
         return self.path / _REQUEST_FILE
 
+    @abstractmethod
     def part_path(self, index: int) -> Path:
         """The file of a unit that is written last: with it the unit is finished."""
-        raise NotImplementedError
 
     def has_result(self) -> bool:
         """Whether the result is there."""
