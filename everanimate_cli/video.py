@@ -56,7 +56,7 @@ _NUM_FRAMES_WORTH_A_SEEK = 16
 # Key frames to try, backwards, before decoding from the start.
 _NUM_SEEKS = 4
 
-# Frames that are nearer than this by no more are equally near [s].
+# Of two frames, one that is nearer by no more than this is not nearer [s].
 _TIE_S = 4e-10
 
 # A file has a constant rate if no frame is this far from its place [frames].
